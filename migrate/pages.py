@@ -1,0 +1,107 @@
+"""Page bitmaps and ranges (layer 0: no I/O).
+
+A *bitmap* is a numpy array of little-endian uint64 words, bit 0 of word 0 the first page of the
+slot: the layout of KVM_GET_DIRTY_LOG. *Ranges* are an int64 array of shape (k, 2), rows
+[first, end) in pages, ascending and disjoint.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Bitmap: TypeAlias = npt.NDArray[np.uint64]
+Ranges: TypeAlias = npt.NDArray[np.int64]
+
+WORD_BITS = 64
+
+
+def word_count(n_pages: int) -> int:
+    """Words of a bitmap of `n_pages` pages."""
+    return (n_pages + WORD_BITS - 1) // WORD_BITS
+
+
+def empty(n_pages: int) -> Bitmap:
+    """A bitmap with no page set."""
+    return np.zeros(word_count(n_pages), dtype="<u8")
+
+
+def full(n_pages: int) -> Bitmap:
+    """A bitmap with every page set; the bits past the last page stay clear."""
+    bitmap = np.full(word_count(n_pages), np.uint64(0xFFFF_FFFF_FFFF_FFFF), dtype="<u8")
+    tail = n_pages % WORD_BITS
+    if tail:
+        bitmap[-1] = np.uint64((1 << tail) - 1)
+    return bitmap
+
+
+def count(bitmap: Bitmap) -> int:
+    """Pages set."""
+    return int(np.bitwise_count(bitmap).sum(dtype=np.int64))
+
+
+def to_bools(bitmap: Bitmap, n_pages: int) -> npt.NDArray[np.bool_]:
+    """One bool a page, shape (n_pages,)."""
+    return np.unpackbits(bitmap.view(np.uint8), count=n_pages, bitorder="little").view(np.bool_)
+
+
+def from_bools(flags: npt.NDArray[np.bool_]) -> Bitmap:
+    """The bitmap of one bool a page."""
+    packed = np.packbits(flags, bitorder="little")
+    bitmap = empty(len(flags))
+    bitmap.view(np.uint8)[: len(packed)] = packed
+    return bitmap
+
+
+def to_ranges(bitmap: Bitmap, n_pages: int) -> Ranges:
+    """The runs of set pages, shape (k, 2)."""
+    if not bitmap.any():
+        return np.empty((0, 2), dtype=np.int64)
+    edged = np.zeros(n_pages + 2, dtype=np.int8)
+    edged[1:-1] = to_bools(bitmap, n_pages)
+    return np.flatnonzero(np.diff(edged)).astype(np.int64).reshape(-1, 2)
+
+
+def from_ranges(ranges: Ranges, n_pages: int) -> Bitmap:
+    """The bitmap whose set pages are `ranges` (which may touch or overlap).
+
+    Raises ValueError for a range outside 0..n_pages.
+    """
+    if len(ranges) == 0:
+        return empty(n_pages)
+    if int(ranges.min()) < 0 or int(ranges.max()) > n_pages:
+        raise ValueError(f"a range lies outside of 0..{n_pages} pages")
+    steps = np.zeros(n_pages + 1, dtype=np.int32)
+    np.add.at(steps, ranges[:, 0], 1)
+    np.add.at(steps, ranges[:, 1], -1)
+    return from_bools(np.cumsum(steps[:-1]) > 0)
+
+
+def to_indices(bitmap: Bitmap, n_pages: int) -> npt.NDArray[np.int64]:
+    """The numbers of the set pages, ascending."""
+    return np.flatnonzero(to_bools(bitmap, n_pages)).astype(np.int64)
+
+
+def from_indices(indices: npt.NDArray[np.int64], n_pages: int) -> Bitmap:
+    """The bitmap with the pages `indices` set."""
+    flags = np.zeros(n_pages, dtype=np.bool_)
+    flags[indices] = True
+    return from_bools(flags)
+
+
+def set_range(bitmap: Bitmap, first: int, end: int) -> None:
+    """Set pages [first, end) in place."""
+    if end <= first:
+        return
+    flags = bitmap.view(np.uint8)
+    first_byte, end_byte = (first + 7) >> 3, end >> 3
+    if first_byte > end_byte:  # all within one byte
+        flags[first >> 3] |= np.uint8(((1 << (end - first)) - 1) << (first & 7))
+        return
+    if first & 7:
+        flags[first >> 3] |= np.uint8((0xFF << (first & 7)) & 0xFF)
+    flags[first_byte:end_byte] = 0xFF
+    if end & 7:
+        flags[end_byte] |= np.uint8((1 << (end & 7)) - 1)
