@@ -28,7 +28,9 @@ _SIZE_SUFFIX: Final = {
     "g": GIB, "gb": 1000**3, "gib": GIB,
 }  # fmt: skip
 _RATE_SUFFIX: Final = {"bit": 1, "kbit": 1000, "mbit": 1000**2, "gbit": 1000**3}
-_TIME_SUFFIX_NS: Final = {"ns": 1, "us": 1000, "µs": 1000, "ms": 10**6, "s": 10**9, "": 10**9, "min": 60 * 10**9}  # fmt: skip
+_TIME_SUFFIX_NS: Final = {
+    "ns": 1, "us": 1000, "µs": 1000, "ms": 10**6, "s": 10**9, "": 10**9, "min": 60 * 10**9,
+}  # fmt: skip
 _QUANTITY: Final = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Zµ/]*)\s*$")
 
 
@@ -73,7 +75,8 @@ def format_size(size_bytes: float) -> str:
     for factor, suffix in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
         if size_bytes >= factor:
             value = size_bytes / factor
-            return f"{value:.0f} {suffix}" if value >= 100 or value == int(value) else f"{value:.1f} {suffix}"  # fmt: skip
+            decimals = 0 if value >= 100 or value == int(value) else 1
+            return f"{value:.{decimals}f} {suffix}"
     return f"{size_bytes:.0f} B"
 
 

@@ -94,8 +94,9 @@ class VcpuCore(ABC):
 
     @abstractmethod
     def run(self, budget: int, deadline_ns: int | None = None) -> Exit:
-        """Run the selected hart until `budget` (unit of `Caps.time_unit`) is used up, CLOCK_MONOTONIC
-        reaches `deadline_ns`, or something else of `Reason` happens. Releases the GIL.
+        """Run the selected hart until `budget` (unit of `Caps.time_unit`) is used up,
+        CLOCK_MONOTONIC reaches `deadline_ns`, or something else of `Reason` happens.
+        Releases the GIL.
         """
 
     @abstractmethod
@@ -127,8 +128,9 @@ class VcpuCore(ABC):
 
     @abstractmethod
     def read_reg(self, name: str) -> int:
-        """A register of the selected hart by its name ("a0", "pc", "satp", "priv", ...). Also inside
-        hooks; CSRs read their full contents, whatever the hart's privilege.
+        """A register of the selected hart by its name ("a0", "pc", "satp", "priv", ...).
+
+        Also inside hooks; CSRs read their full contents, whatever the hart's privilege.
         """
 
     @abstractmethod
@@ -148,7 +150,10 @@ class VcpuCore(ABC):
 
     @abstractmethod
     def written(self, gpa: int, size: int) -> None:
-        """The host wrote [gpa, gpa + size): forget code translated from there. Also inside hooks."""
+        """The host wrote [gpa, gpa + size): forget code translated from there.
+
+        Also inside hooks.
+        """
 
     @abstractmethod
     def forget_code(self) -> None:

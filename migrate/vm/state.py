@@ -34,7 +34,7 @@ class Field:
     """
 
     name: str
-    type: type
+    type: type[Any]
     bits: int = 64
     max_length: int = 65536
     default: Any = REQUIRED
