@@ -16,6 +16,7 @@ Bitmap: TypeAlias = npt.NDArray[np.uint64]
 Ranges: TypeAlias = npt.NDArray[np.int64]
 
 WORD_BITS = 64
+_FEW_RANGES = 64
 
 
 def word_count(n_pages: int) -> int:
@@ -69,14 +70,55 @@ def from_ranges(ranges: Ranges, n_pages: int) -> Bitmap:
 
     Raises ValueError for a range outside 0..n_pages.
     """
+    bitmap = empty(n_pages)
+    or_ranges(bitmap, ranges, n_pages)
+    return bitmap
+
+
+def or_ranges(bitmap: Bitmap, ranges: Ranges, n_pages: int) -> None:
+    """Set `ranges` (which may touch or overlap, in any order) in `bitmap`, in place.
+
+    Costs by the number of ranges where they are few, by the span that they cover where they are
+    many. Raises ValueError for a range outside 0..n_pages; nothing is set then.
+    """
     if len(ranges) == 0:
-        return empty(n_pages)
-    if int(ranges.min()) < 0 or int(ranges.max()) > n_pages:
+        return
+    low, high = int(ranges.min()), int(ranges.max())
+    if low < 0 or high > n_pages:
         raise ValueError(f"a range lies outside of 0..{n_pages} pages")
-    steps = np.zeros(n_pages + 1, dtype=np.int32)
-    np.add.at(steps, ranges[:, 0], 1)
-    np.add.at(steps, ranges[:, 1], -1)
-    return from_bools(np.cumsum(steps[:-1]) > 0)
+    if len(ranges) <= _FEW_RANGES:
+        for first, end in ranges.tolist():
+            set_range(bitmap, first, end)
+        return
+    base = low & ~(WORD_BITS - 1)
+    span = high - base
+    # +1 where a range starts, -1 where one ends: its running sum counts the ranges over a page.
+    steps = np.bincount(ranges[:, 0] - base, minlength=span + 1)
+    steps -= np.bincount(ranges[:, 1] - base, minlength=span + 1)
+    np.cumsum(steps, out=steps)
+    covered = from_bools(steps[:span] > 0)
+    at = base // WORD_BITS
+    bitmap[at : at + len(covered)] |= covered
+
+
+def extract(bitmap: Bitmap, first: int, end: int) -> Bitmap:
+    """Pages [first, end) as a bitmap of their own, bit 0 the page `first`. A copy."""
+    n_words = word_count(end - first)
+    at, shift = divmod(first, WORD_BITS)
+    part = bitmap[at : at + n_words].copy()
+    if shift:
+        part >>= np.uint64(shift)
+        above = bitmap[at + 1 : at + 1 + n_words] << np.uint64(WORD_BITS - shift)
+        part[: len(above)] |= above
+    clear_past(part, end - first)
+    return part
+
+
+def clear_past(bitmap: Bitmap, n_pages: int) -> None:
+    """Clear the bits past the last page, in place."""
+    tail = n_pages % WORD_BITS
+    if tail:
+        bitmap[-1] &= np.uint64((1 << tail) - 1)
 
 
 def to_indices(bitmap: Bitmap, n_pages: int) -> npt.NDArray[np.int64]:

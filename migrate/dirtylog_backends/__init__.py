@@ -1,0 +1,1 @@
+"""Where the dirty log's raw dirt comes from (layer 3); `migrate.dirtylog` is the public side."""
