@@ -45,6 +45,10 @@ class MemorySlot:
     def __init__(self, spec: SlotSpec, index: int = 0) -> None:
         """Raises UsageError for a spec that makes no sense, HostError where the host refuses."""
         check_spec(spec)
+        if mmap.PAGESIZE != PAGE_SIZE:
+            raise HostError(
+                f"this host has pages of {mmap.PAGESIZE} bytes; guests need {PAGE_SIZE}"
+            )
         self.spec = spec
         self.index = index
         self.gpa = Gpa(spec.gpa)

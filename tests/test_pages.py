@@ -1,0 +1,111 @@
+"""Page bitmaps against sets of page numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from migrate import pages
+
+SIZES = st.integers(min_value=1, max_value=400)
+
+
+@st.composite
+def page_sets(draw: st.DrawFn) -> tuple[int, set[int]]:
+    n_pages = draw(SIZES)
+    return n_pages, draw(st.sets(st.integers(0, n_pages - 1)))
+
+
+@st.composite
+def range_lists(draw: st.DrawFn, *, max_ranges: int = 150) -> tuple[int, list[tuple[int, int]]]:
+    n_pages = draw(SIZES)
+    edge = st.integers(0, n_pages)
+    pairs = draw(st.lists(st.tuples(edge, edge), max_size=max_ranges))
+    return n_pages, [(min(pair), max(pair)) for pair in pairs]
+
+
+def bitmap_of(numbers: set[int], n_pages: int) -> pages.Bitmap:
+    return pages.from_indices(np.array(sorted(numbers), dtype=np.int64), n_pages)
+
+
+def set_of(bitmap: pages.Bitmap, n_pages: int) -> set[int]:
+    """By the definition of the layout, one bit at a time."""
+    whole = int.from_bytes(bitmap.tobytes(), "little")
+    assert whole >> n_pages == 0, "a bit past the last page is set"
+    return {page for page in range(n_pages) if whole >> page & 1}
+
+
+@given(page_sets())
+def test_round_trips(case: tuple[int, set[int]]) -> None:
+    n_pages, numbers = case
+    bitmap = bitmap_of(numbers, n_pages)
+    assert bitmap.dtype == np.dtype("<u8")
+    assert set_of(bitmap, n_pages) == numbers
+    assert pages.count(bitmap) == len(numbers)
+    assert pages.to_indices(bitmap, n_pages).tolist() == sorted(numbers)
+    ranges = pages.to_ranges(bitmap, n_pages)
+    assert {page for first, end in ranges.tolist() for page in range(first, end)} == numbers
+    assert all(a[1] < b[0] for a, b in zip(ranges.tolist(), ranges.tolist()[1:], strict=False))
+    assert np.array_equal(pages.from_ranges(ranges, n_pages), bitmap)
+    assert np.array_equal(pages.from_bools(pages.to_bools(bitmap, n_pages)), bitmap)
+
+
+@given(SIZES)
+def test_empty_and_full(n_pages: int) -> None:
+    assert set_of(pages.empty(n_pages), n_pages) == set()
+    assert set_of(pages.full(n_pages), n_pages) == set(range(n_pages))
+
+
+@pytest.mark.parametrize("few", [0, 10_000], ids=["by running sum", "range by range"])
+@given(case=range_lists(), before=st.sets(st.integers(0, 399)))
+def test_or_ranges_takes_any_ranges(
+    few: int, case: tuple[int, list[tuple[int, int]]], before: set[int]
+) -> None:
+    """Overlapping, touching, empty and unsorted ones; what was set stays set; both ways."""
+    n_pages, rows = case
+    before = {page for page in before if page < n_pages}
+    bitmap = bitmap_of(before, n_pages)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pages, "_FEW_RANGES", few)
+        pages.or_ranges(bitmap, np.array(rows, dtype=np.int64).reshape(-1, 2), n_pages)
+    wanted = before | {page for first, end in rows for page in range(first, end)}
+    assert set_of(bitmap, n_pages) == wanted
+
+
+@pytest.mark.parametrize("row", [(-1, 3), (5, 101)])
+def test_a_range_outside_is_refused(row: tuple[int, int]) -> None:
+    bitmap = pages.empty(100)
+    with pytest.raises(ValueError, match=r"outside of 0\.\.100"):
+        pages.or_ranges(bitmap, np.array([(1, 2), row], dtype=np.int64), 100)
+    assert not bitmap.any()
+
+
+@given(page_sets(), st.data())
+def test_set_range(case: tuple[int, set[int]], data: st.DataObject) -> None:
+    n_pages, numbers = case
+    first = data.draw(st.integers(0, n_pages))
+    end = data.draw(st.integers(0, n_pages))
+    bitmap = bitmap_of(numbers, n_pages)
+    pages.set_range(bitmap, first, end)
+    assert set_of(bitmap, n_pages) == numbers | set(range(first, end))
+
+
+@given(page_sets(), st.data())
+def test_extract(case: tuple[int, set[int]], data: st.DataObject) -> None:
+    n_pages, numbers = case
+    first = data.draw(st.integers(0, n_pages - 1))
+    end = data.draw(st.integers(first + 1, n_pages))
+    bitmap = bitmap_of(numbers, n_pages)
+    part = pages.extract(bitmap, first, end)
+    assert set_of(part, end - first) == {page - first for page in numbers if first <= page < end}
+    part.fill(0)
+    assert set_of(bitmap, n_pages) == numbers
+
+
+@given(SIZES)
+def test_clear_past(n_pages: int) -> None:
+    bitmap = np.full(pages.word_count(n_pages), np.uint64(0xFFFF_FFFF_FFFF_FFFF), dtype="<u8")
+    pages.clear_past(bitmap, n_pages)
+    assert np.array_equal(bitmap, pages.full(n_pages))
