@@ -184,7 +184,7 @@ def encode_frame(
     return b"".join((head, struct.pack("<I", zlib.crc32(head)), meta))
 
 
-def decode_frame_header_untrusted(data: bytes, expected_sequence: int) -> FrameHeader:
+def decode_frame_header_untrusted(data: bytes | bytearray, expected_sequence: int) -> FrameHeader:
     """The header in exactly 32 bytes, its lengths within the limits of its type."""
     magic, kind, flags, sequence, meta_bytes, bulk_bytes, meta_crc, crc = FRAME_HEADER.unpack(data)
     if magic != FRAME_MAGIC or crc != zlib.crc32(data[:-4]):

@@ -1,0 +1,284 @@
+"""The destination of a migration (layer 4).
+
+`receive` listens, turns away whoever does not speak the protocol, and lets the first source in that
+does and whose machine can be built here. From then on `_Reception.run` mirrors the source's
+phases, in a worker thread. The guest runs here only after the source's HANDOVER has been read;
+whatever fails before, nothing is started and the machine is thrown away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import trio
+
+from migrate.channel import Channel
+from migrate.codec import REGION_PAGES, PageHasher
+from migrate.concurrency import run_cancellable
+from migrate.errors import MigrateError, MigrationFailed, PeerError, StateFormatError
+from migrate.events import Event, Log, PhaseEntered
+from migrate.machine import Machine
+from migrate.receiver import PageReceiver
+from migrate.transport import Link, LinkLost, Listener, parse_uri
+from migrate.units import PAGE_SIZE
+from migrate.vm.definition import MachineDefinition, definition_from_untrusted
+from migrate.wire import FrameType, Role
+
+NEGOTIATION_TIMEOUT_S = 10.0
+"""For a peer to say who it is and what it brings, all together."""
+STALL_TIMEOUT_S = 30.0
+MAX_NEGOTIATING = 8
+"""Connections that may be negotiating at once; further ones wait in the backlog."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiveOptions:
+    """`make_machine` builds a paused machine (it chooses name, console and memory)."""
+
+    make_machine: Callable[[MachineDefinition], Machine]
+
+
+Emit = Callable[[Event], None]
+
+
+@dataclass(slots=True)
+class _Offer:
+    """A source that has introduced itself and whose machine stands ready."""
+
+    channel: Channel
+    machine: Machine
+    hash_seed: int
+    verify: bool
+
+
+async def receive(
+    uri: str, options: ReceiveOptions, emit: Emit, on_listening: Callable[[str], None]
+) -> Machine:
+    """Wait for a source at `uri`, take its guest over, and return the machine (running, or paused
+    if the source's was).
+
+    `on_listening` is told the address once connections are taken (with the port that was chosen,
+    for port 0). Raises UsageError, HostError (cannot listen), and for a migration that began and
+    failed MigrationFailed, PeerError, StateFormatError.
+    """
+    token = trio.lowlevel.current_trio_token()
+
+    def emit_from_thread(event: Event) -> None:
+        with contextlib.suppress(trio.RunFinishedError):
+            token.run_sync_soon(emit, event)
+
+    listener = Listener(parse_uri(uri))
+    try:
+        on_listening(str(listener.address))
+        offer = await _first_offer(listener, options, emit)
+    finally:
+        listener.close()
+    reception = _Reception(offer, emit_from_thread)
+    try:
+        await run_cancellable(reception.run, offer.channel.link.abort)
+    except BaseException:
+        if not reception.took_over:
+            offer.machine.close()
+        raise
+    finally:
+        offer.channel.link.close()
+    return offer.machine
+
+
+async def _first_offer(listener: Listener, options: ReceiveOptions, emit: Emit) -> _Offer:
+    """Take connections until one of them brings a machine that can be built here."""
+    offers: list[_Offer] = []
+    building = trio.Lock()
+    limit = trio.CapacityLimiter(MAX_NEGOTIATING)
+
+    async def consider(link: Link, scope: trio.CancelScope) -> None:
+        async with limit:
+            try:
+                with trio.fail_after(NEGOTIATION_TIMEOUT_S):
+                    channel, fields = await run_cancellable(lambda: _introduce(link), link.abort)
+                async with building:
+                    if offers:
+                        raise MigrationFailed("another source came first")
+                    make = options.make_machine
+                    offer = await trio.to_thread.run_sync(_prepare, channel, fields, make)
+                    offers.append(offer)
+                    scope.cancel()
+                    return
+            except trio.TooSlowError:
+                reason: object = f"it said nothing for {NEGOTIATION_TIMEOUT_S:.0f} s"
+            except (MigrateError, OSError) as error:
+                reason = error
+            except BaseException:
+                link.close()
+                raise
+            emit(Log(f"a connection from {link.peer} was turned away: {reason}"))
+            link.close()
+            if listener.sock is None:
+                raise MigrationFailed(f"the connection {listener.address} was no use: {reason}")
+
+    try:
+        async with trio.open_nursery() as nursery:
+            if listener.sock is None:
+                nursery.start_soon(consider, listener.accept(), nursery.cancel_scope)
+                await trio.sleep_forever()
+            while listener.sock is not None:
+                await trio.lowlevel.wait_readable(listener.sock)
+                nursery.start_soon(consider, listener.accept(), nursery.cancel_scope)
+    except* MigrateError as group:
+        raise _only(group) from None
+    return offers[0]
+
+
+def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _introduce(link: Link) -> tuple[Channel, dict[str, Any]]:
+    """Stream headers and the source's CONFIGURE. Raises PeerError, LinkLost."""
+    channel = Channel(link, Role.DESTINATION)
+    link.set_timeout(NEGOTIATION_TIMEOUT_S)
+    try:
+        channel.negotiate_untrusted()
+        return channel, channel.expect_untrusted(
+            FrameType.CONFIGURE, machine=dict, page_size=int, hash_seed=int, verify=bool
+        )
+    except PeerError as error:
+        _tell_peer(channel, error)
+        raise
+
+
+def _prepare(
+    channel: Channel, fields: dict[str, Any], make: Callable[[MachineDefinition], Machine]
+) -> _Offer:
+    """Build the machine and say so. Raises PeerError, StateFormatError, UsageError, HostError."""
+    try:
+        if fields["page_size"] != PAGE_SIZE:
+            raise channel.breach(
+                f"pages of {fields['page_size']} bytes; here they have {PAGE_SIZE}"
+            )
+        if not 0 <= fields["hash_seed"] < 1 << 64:
+            raise channel.breach("the hash seed is out of range")
+        machine = make(definition_from_untrusted(fields["machine"]))
+        try:
+            channel.link.set_timeout(STALL_TIMEOUT_S)
+            channel.send_map(FrameType.CONFIGURED)
+        except BaseException:
+            machine.close()
+            raise
+    except MigrateError as error:
+        _tell_peer(channel, error)
+        raise
+    return _Offer(channel, machine, fields["hash_seed"], fields["verify"])
+
+
+def _tell_peer(channel: Channel, failure: BaseException) -> None:
+    with contextlib.suppress(MigrateError, AssertionError):
+        channel.link.set_timeout(1.0)
+        channel.send_error(failure, getattr(failure, "wire_code", 1))
+
+
+class _Reception:
+    """One migration into a machine that stands ready."""
+
+    def __init__(self, offer: _Offer, emit: Emit) -> None:
+        self._channel = offer.channel
+        self._machine = offer.machine
+        self._verify = offer.verify
+        self._emit = emit
+        self._hasher = PageHasher(offer.hash_seed)
+        self._started_ns = time.monotonic_ns()
+        self.took_over = False
+
+    def run(self) -> None:
+        """From the first round to the running guest (worker thread)."""
+        channel, name = self._channel, self._machine.name
+        try:
+            self._phase("rounds")
+            receiver = PageReceiver(channel, self._hasher, self._machine.memory.slots)
+            self._rounds(receiver)
+            self._phase("switchover")
+            running = self._load(receiver)
+            # From here on the source does not run the guest again by itself.
+            channel.expect_untrusted(FrameType.HANDOVER)
+            self.took_over = True
+            self._start(running)
+        except LinkLost as error:
+            raise MigrationFailed(
+                f"machine {name!r} did not arrive, nothing was started: {error}"
+                f" (phase {channel.phase.value!r})"
+            ) from error
+        except MigrateError as error:
+            _tell_peer(channel, error)
+            raise
+
+    def _rounds(self, receiver: PageReceiver) -> None:
+        """Pages until the source says that the rest is on its way, guest standing."""
+        channel = self._channel
+        while True:
+            frame = channel.receive_untrusted()
+            match frame.type:
+                case FrameType.PAGES | FrameType.ZERO:
+                    receiver.take_untrusted(frame)
+                case FrameType.ROUND:
+                    pass
+                case FrameType.ROUND_END:
+                    channel.send_map(FrameType.ROUND_ACK)
+                case FrameType.FINAL:
+                    return
+
+    def _load(self, receiver: PageReceiver) -> bool:
+        """The last pages and the state; LOADED once everything is here and right."""
+        channel, machine = self._channel, self._machine
+        frame = channel.receive_untrusted()
+        while frame.type in (FrameType.PAGES, FrameType.ZERO):
+            receiver.take_untrusted(frame)
+            frame = channel.receive_untrusted()
+        fields = channel.fields_untrusted(frame, state=dict, digests=list, running=bool)
+        if self._verify:
+            receiver.rehash()
+        self._compare(receiver, fields["digests"])
+        try:
+            machine.load_untrusted(fields["state"])
+        except StateFormatError as error:
+            raise StateFormatError(f"machine {machine.name!r}: {error}") from error
+        channel.send_map(FrameType.LOADED, verified=self._verify)
+        return bool(fields["running"])
+
+    def _compare(self, receiver: PageReceiver, digests: list[Any]) -> None:
+        """Every page is what the source sent, or the migration fails, saying where not."""
+        slots = self._machine.memory.slots
+        if len(digests) != len(slots):
+            raise self._channel.breach("there is not one list of digests a slot")
+        for slot, table, theirs in zip(slots, receiver.tables, digests, strict=True):
+            ours = self._hasher.region_digests(table)
+            if not isinstance(theirs, bytes) or len(theirs) != ours.nbytes:
+                raise self._channel.breach(f"the digests of slot {slot.name!r} have a wrong length")
+            differ = np.flatnonzero(ours != np.frombuffer(theirs, dtype="<u8"))
+            if len(differ):
+                first = int(differ[0]) * REGION_PAGES
+                last = min(first + REGION_PAGES, slot.n_pages) - 1
+                raise self._channel.breach(
+                    f"memory arrived damaged: slot {slot.name!r}, pages {first} to {last}"
+                    f" (and {len(differ) - 1} more regions of {REGION_PAGES} pages)"
+                )
+
+    def _start(self, running: bool) -> None:
+        """Run the guest, then confirm; it runs even if the source is gone by now."""
+        started = time.monotonic_ns()
+        if running:
+            self._machine.resume_now()
+        elapsed = time.monotonic_ns() - started
+        with contextlib.suppress(LinkLost):
+            self._channel.send_map(FrameType.RUNNING, start_ns=elapsed)
+        self._phase("running" if running else "paused")
+
+    def _phase(self, name: str) -> None:
+        self._emit(PhaseEntered(name, (time.monotonic_ns() - self._started_ns) / 1e6))

@@ -1,0 +1,84 @@
+"""The destination's half of the main path: the link into guest memory (layer 4).
+
+socket → guest memory (raw pages arrive in place, without a copy) → hash. What steers is in
+`destination.py`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from migrate import pages, wire
+from migrate.channel import Channel, Frame
+from migrate.codec import Decompressor, PageHasher
+from migrate.errors import PeerError
+from migrate.units import PAGE_SIZE
+from migrate.vm.definition import BackingKind
+from migrate.vm.memory import MemorySlot
+from migrate.wire import Encoding, FrameType
+
+
+class PageReceiver:
+    """Puts PAGES and ZERO frames where they belong; keeps the hash tables."""
+
+    def __init__(self, channel: Channel, hasher: PageHasher, slots: tuple[MemorySlot, ...]) -> None:
+        self._channel = channel
+        self._hasher = hasher
+        self._slots = slots
+        self._slot_pages = tuple(slot.n_pages for slot in slots)
+        self.tables = [hasher.table(slot.n_pages) for slot in slots]
+        # Pages that may hold something else than zeros. Memory of our own starts as zeros, and a
+        # page that stays zero is never touched; a file holds whatever it held before.
+        self._written = [
+            np.full(slot.n_pages, slot.spec.backing is not BackingKind.ANONYMOUS) for slot in slots
+        ]
+        self._decompressor = Decompressor()
+        self._packed = bytearray(wire.BATCH_PAGES * PAGE_SIZE)
+
+    def take_untrusted(self, frame: Frame) -> None:
+        """One PAGES or ZERO frame with its bulk. Raises PeerError, LinkLost."""
+        try:
+            meta = wire.decode_pages_meta_untrusted(
+                frame.header, bytes(frame.meta), self._slot_pages
+            )
+            slot = self._slots[meta.slot]
+            if frame.type is FrameType.ZERO:
+                self._zero(slot, meta)
+            elif meta.encoding is Encoding.RAW:
+                view = slot.view
+                self._channel.link.receive_into(
+                    [view[a * PAGE_SIZE : b * PAGE_SIZE] for a, b in meta.ranges.tolist()]
+                )
+                self._arrived(slot, meta)
+            else:
+                packed = memoryview(self._packed)[: frame.bulk_bytes]
+                self._channel.link.receive_into([packed])
+                data = self._decompressor.decompress_untrusted(packed, meta.n_pages)
+                done = 0
+                for first, end in meta.ranges.tolist():
+                    size = (end - first) * PAGE_SIZE
+                    slot.array[first * PAGE_SIZE : end * PAGE_SIZE] = data[done : done + size]
+                    done += size
+                self._arrived(slot, meta)
+        except PeerError as error:
+            raise self._channel.breach(error.reason) from None
+
+    def _arrived(self, slot: MemorySlot, meta: wire.PagesMeta) -> None:
+        self._hasher.scan(slot.array, meta.ranges, self.tables[meta.slot])
+        written = self._written[meta.slot]
+        for first, end in meta.ranges.tolist():
+            written[first:end] = True
+
+    def _zero(self, slot: MemorySlot, meta: wire.PagesMeta) -> None:
+        written, table = self._written[meta.slot], self.tables[meta.slot]
+        for first, end in meta.ranges.tolist():
+            table[first:end] = 0
+            if written[first:end].any():
+                slot.array[first * PAGE_SIZE : end * PAGE_SIZE] = 0
+
+    def rehash(self) -> None:
+        """Hash every page of the memory anew, whatever arrived: for --verify."""
+        for slot, table in zip(self._slots, self.tables, strict=True):
+            table[:] = 0
+            touched = pages.full(slot.n_pages) & ~slot.never_touched()
+            self._hasher.scan(slot.array, pages.to_ranges(touched, slot.n_pages), table)

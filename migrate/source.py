@@ -1,0 +1,435 @@
+"""The source of a migration (layer 4).
+
+`migrate_to` is the coroutine that others call: it gives time limits, cancellation and progress
+events. The migration itself is `_Migration.run`, which reads top to bottom, one named phase after
+another. It runs in a worker thread, because every step of it is one long kernel call: no hop
+between threads is left in the downtime, and the guest's process keeps its GIL free.
+
+Whatever fails before the handover, the guest resumes here as if nothing had been: leases give
+their pages back, the cursors are closed, the next attempt starts afresh.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import trio
+
+from migrate.channel import Channel
+from migrate.codec import CompressionChoice, PageHasher
+from migrate.concurrency import run_cancellable
+from migrate.dirtylog import Cursor, Lease
+from migrate.errors import (
+    HandoverUncertain,
+    MigrateError,
+    MigrationFailed,
+    NotConverging,
+    PeerError,
+)
+from migrate.events import Event, Log, PhaseEntered, RoundDone, RoundProgress
+from migrate.machine import Machine, State
+from migrate.policy import Decision, DowntimePolicy, Policy, RoundStats, Verdict
+from migrate.report import Report, RoundReport
+from migrate.sender import PageSender
+from migrate.transport import Address, Link, LinkLost, connect, parse_uri
+from migrate.units import PAGE_SIZE
+from migrate.wire import FrameType, Role
+
+CURSOR = "migration"
+NEGOTIATION_TIMEOUT_S = 10.0
+STALL_TIMEOUT_S = 30.0
+"""A link that takes or gives nothing at all for so long is lost."""
+PROGRESS_INTERVAL_S = 0.2
+FIRST_GUESS_BYTES_PER_S = 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class SendOptions:
+    """What `migrate send` lets one choose. `bandwidth`: bytes a second; `threads`: for zstd."""
+
+    downtime_limit_ns: int = 300_000_000
+    bandwidth: int | None = None
+    compression: CompressionChoice = field(default_factory=CompressionChoice)
+    threads: int | None = None
+    max_rounds: int = 30
+    timeout_ns: int | None = None
+    verify: bool = False
+
+
+Emit = Callable[[Event], None]
+
+
+async def migrate_to(machine: Machine, uri: str, options: SendOptions, emit: Emit) -> Report:
+    """Move `machine` to the destination that listens at `uri`.
+
+    On return the guest runs there and `machine` is let go. Raises UsageError, HostError,
+    MigrationFailed, NotConverging, PeerError: the guest then is as it was before (running, or
+    paused if it was paused). HandoverUncertain: it is paused, see `session.py`. Cancelling is a
+    failure like any other, until the handover.
+    """
+    token = trio.lowlevel.current_trio_token()
+
+    def emit_from_thread(event: Event) -> None:
+        with contextlib.suppress(trio.RunFinishedError):
+            token.run_sync_soon(emit, event)
+
+    migration = _Migration(machine, parse_uri(uri), options, emit_from_thread)
+
+    async def progress() -> None:
+        while True:
+            await trio.sleep(PROGRESS_INTERVAL_S)
+            migration.emit_progress()
+
+    return await run_cancellable(migration.run, migration.abort, progress)
+
+
+class _Migration:
+    """One attempt."""
+
+    def __init__(
+        self, machine: Machine, address: Address, options: SendOptions, emit: Emit
+    ) -> None:
+        self._machine = machine
+        self._address = address
+        self._options = options
+        self._emit = emit
+        self._slots = machine.memory.slots
+        self._hasher = PageHasher(0)
+        self._link: Link | None = None
+        self._sender: PageSender | None = None
+        self._aborted = False
+        self._report = Report(
+            ram_total_bytes=machine.definition.memory_bytes,
+            downtime_limit_ms=options.downtime_limit_ns / 1e6,
+            compression=str(options.compression),
+        )
+        self._started_ns = 0
+        self._history: list[RoundStats] = []
+        self._decision: Decision | None = None
+        self._handover_sent = False
+        self._was_running = False
+
+    # -- what other threads may call
+
+    def abort(self) -> None:
+        """Any thread: fail as soon as may be, unless the handover is under way."""
+        self._aborted = True
+        if self._link is not None and not self._handover_sent:
+            self._link.abort()
+
+    def emit_progress(self) -> None:
+        """Any thread."""
+        sender, last = self._sender, self._history[-1] if self._history else None
+        if sender is None:
+            return
+        self._emit(
+            RoundProgress(
+                round=len(self._history),
+                pages_left=max(sender.pages_left, 0),
+                pages_total=self._report.ram_total_bytes // PAGE_SIZE,
+                bytes_sent=self._link.bytes_sent if self._link else 0,
+                bandwidth_bytes_per_s=self._bandwidth(),
+                dirty_pages_per_s=last.pages_left / max(last.elapsed_ns, 1) * 1e9 if last else 0.0,
+                expected_downtime_ms=(
+                    self._decision.expected_downtime_ns / 1e6 if self._decision else None
+                ),
+            )
+        )
+
+    # -- the migration, top to bottom (worker thread)
+
+    def run(self) -> Report:
+        machine, report = self._machine, self._report
+        self._was_running = machine.state is State.RUNNING
+        self._started_ns = time.monotonic_ns()
+        channel: Channel | None = None
+        try:
+            with contextlib.ExitStack() as stack:
+                self._phase("connect")
+                self._link = link = connect(self._address)
+                stack.callback(link.close)
+                if self._aborted:
+                    link.abort()
+                channel = Channel(link, Role.SOURCE)
+                self._phase("negotiate")
+                link.set_timeout(NEGOTIATION_TIMEOUT_S)
+                channel.negotiate_untrusted()
+                self._phase("configure")
+                self._configure(channel)
+                link.set_timeout(STALL_TIMEOUT_S)
+                cursors = self._machine.cursors(CURSOR)
+                for cursor in cursors:
+                    stack.callback(cursor.close)
+                self._sender = PageSender(
+                    channel,
+                    self._hasher,
+                    self._slots,
+                    self._options.compression,
+                    self._options.threads,
+                    self._options.bandwidth,
+                )
+                stack.callback(self._sender.close)
+                report.setup_ms = self._ms()
+                self._phase("rounds")
+                leases = self._rounds(channel, cursors)
+                self._phase("switchover")
+                self._switch_over(channel, cursors, leases)
+        except BaseException as error:
+            failure = self._failure(error)
+            report.status, report.error = "failed", str(failure)
+            report.total_ms = self._ms()
+            if not isinstance(failure, HandoverUncertain) and self._was_running:
+                machine.resume_now()
+            if channel is not None and not isinstance(error, LinkLost):
+                self._tell_peer(channel, failure)
+            if failure is error:
+                raise
+            raise failure from error
+        report.status = "completed"
+        report.total_ms = self._ms()
+        report.transferred_bytes = link.bytes_sent
+        return report
+
+    def _configure(self, channel: Channel) -> None:
+        """The machine's definition; the destination builds it and answers."""
+        seed = secrets.randbits(64)
+        self._hasher = PageHasher(seed)
+        channel.send_map(
+            FrameType.CONFIGURE,
+            machine=self._machine.definition.to_portable(),
+            page_size=PAGE_SIZE,
+            hash_seed=seed,
+            verify=self._options.verify,
+        )
+        # Building a large machine may take a while, so the stall timeout applies.
+        assert self._link is not None
+        self._link.set_timeout(STALL_TIMEOUT_S)
+        channel.expect_untrusted(FrameType.CONFIGURED)
+
+    def _rounds(self, channel: Channel, cursors: list[Cursor]) -> list[Lease]:
+        """Pre-copy. Returns the leases of the harvest after which the policy said: switch over."""
+        sender = self._sender
+        assert sender is not None
+        policy: Policy = DowntimePolicy(
+            self._options.downtime_limit_ns,
+            self._options.max_rounds,
+            self._started_ns,
+            self._options.timeout_ns,
+        )
+        for cursor in cursors:
+            cursor.mark_all()
+        leases = _harvest(cursors)
+        number = 0
+        while True:
+            with contextlib.ExitStack() as leased:
+                for lease in leases:
+                    leased.enter_context(lease)  # any failure in here gives the pages back
+                stats = self._send_round(channel, sender, leases, number)
+            leases = _harvest(cursors)
+            pages_left = sum(lease.count for lease in leases)
+            stats = RoundStats(
+                number, stats.pages_sent, stats.bytes_sent, stats.elapsed_ns, pages_left
+            )
+            self._history.append(stats)
+            self._decision = decision = policy.decide(
+                time.monotonic_ns(), self._history, self._bandwidth(), self._bytes_per_page()
+            )
+            if decision.verdict is Verdict.SWITCH_OVER:
+                self._emit(Log(f"switching over after round {number}: {decision.reason}"))
+                return leases
+            if decision.verdict is Verdict.GIVE_UP:
+                for lease in leases:
+                    lease.restore()
+                raise NotConverging(
+                    f"machine {self._machine.name!r} was not migrated: {decision.reason}. The guest"
+                    " runs on here; allow more with --downtime-limit, or slow the guest down"
+                )
+            number += 1
+
+    def _send_round(
+        self, channel: Channel, sender: PageSender, leases: list[Lease], number: int
+    ) -> RoundStats:
+        """Send what the leases hold and wait until the destination has it."""
+        assert self._link is not None
+        started_ns = time.monotonic_ns()
+        bytes_before, sent_before = self._link.bytes_sent, sender.pages_sent
+        zero_before = sender.pages_zero
+        count = sum(lease.count for lease in leases)
+        sender.pages_left = count
+        channel.send_map(FrameType.ROUND, number=number, pages=count)
+        for index, lease in enumerate(leases):
+            bitmap = lease.bitmap
+            if number == 0:
+                # Nothing has ever written these: the destination's memory starts as zeros too.
+                untouched = self._slots[index].never_touched() & bitmap
+                bitmap = bitmap & ~untouched
+                sender.skip(index, untouched, self._slots[index].spec.backing)
+            sender.send(index, lease.memory, bitmap)
+        channel.send_map(FrameType.ROUND_END, number=number)
+        channel.expect_untrusted(FrameType.ROUND_ACK)
+        elapsed_ns = time.monotonic_ns() - started_ns
+        done = RoundReport(
+            number,
+            count,
+            sender.pages_zero - zero_before,
+            self._link.bytes_sent - bytes_before,
+            elapsed_ns / 1e6,
+        )
+        self._report.rounds.append(done)
+        self._emit(RoundDone(number, count, done.pages_zero, done.bytes_sent, done.ms))
+        return RoundStats(number, sender.pages_sent - sent_before, done.bytes_sent, elapsed_ns, 0)
+
+    def _switch_over(self, channel: Channel, cursors: list[Cursor], leases: list[Lease]) -> None:
+        """Stop the guest, send the rest and the state, hand over: the downtime."""
+        machine, sender, report = self._machine, self._sender, self._report
+        assert sender is not None
+        marks = [time.monotonic_ns()]
+        machine.pause_now()
+        marks.append(time.monotonic_ns())
+        with contextlib.ExitStack() as leased:
+            for lease in leases:
+                leased.enter_context(lease)
+            last = _harvest(cursors)
+            for lease in last:
+                leased.enter_context(lease)
+            marks.append(time.monotonic_ns())
+            report.pages_remaining = 0
+            channel.send_map(FrameType.FINAL)
+            sent_before, zero_before = sender.pages_sent, sender.pages_zero
+            bytes_before = channel.link.bytes_sent
+            for index, (before, after) in enumerate(zip(leases, last, strict=True)):
+                sender.send(index, after.memory, before.bitmap | after.bitmap, paced=False)
+            marks.append(time.monotonic_ns())
+            self._report.rounds.append(
+                RoundReport(
+                    len(report.rounds),
+                    sender.pages_sent - sent_before + sender.pages_zero - zero_before,
+                    sender.pages_zero - zero_before,
+                    channel.link.bytes_sent - bytes_before,
+                    (marks[-1] - marks[-2]) / 1e6,
+                )
+            )
+            if self._options.verify:
+                sender.rehash(self._slots)
+            channel.send_map(
+                FrameType.STATE,
+                state=machine.save(),
+                running=self._was_running,
+                digests=[self._hasher.region_digests(table).tobytes() for table in sender.tables],
+            )
+            loaded = channel.expect_untrusted(FrameType.LOADED, verified=bool)
+            if self._options.verify and not loaded["verified"]:
+                raise channel.breach("it did not verify what it was asked to verify")
+            marks.append(time.monotonic_ns())
+        started_ns = self._hand_over(channel)
+        marks.append(time.monotonic_ns())
+        self._account(marks, started_ns, loaded["verified"])
+
+    def _hand_over(self, channel: Channel) -> int:
+        """The point of no return. Returns how long the destination took to start, in ns."""
+        if self._aborted:
+            raise MigrationFailed("the migration was cancelled")
+        before = channel.link.bytes_sent
+        self._handover_sent = True
+        try:
+            channel.send_map(FrameType.HANDOVER)
+            running = channel.expect_untrusted(FrameType.RUNNING, start_ns=int)
+        except LinkLost as error:
+            if channel.link.bytes_sent == before:
+                self._handover_sent = False  # not a byte of it went out: the guest is ours
+                raise
+            raise HandoverUncertain(
+                f"the link broke while machine {self._machine.name!r} was handed over ({error}). It"
+                " is paused here. Look at the destination: if the guest runs there, `migrate stop`"
+                " it here; if not, `migrate resume` it here"
+            ) from error
+        self._machine.let_go()
+        return max(0, int(running["start_ns"]))
+
+    def _account(self, marks: list[int], start_ns: int, verified: bool) -> None:
+        """The downtime and its parts: from the stop here to the first instruction there."""
+        report = self._report
+        stop, harvest, send, state, handover = (
+            (after - before) / 1e6 for before, after in itertools.pairwise(marks)
+        )
+        start = min(start_ns / 1e6, handover)
+        # The handover went one way before the start and its confirmation comes back after it.
+        one_way = (handover - start) / 2
+        report.downtime_phases_ms = {
+            "stop": stop,
+            "final-harvest": harvest,
+            "final-send": send,
+            "state": state,
+            "handover": one_way,
+            "start": start,
+        }
+        report.downtime_ms = sum(report.downtime_phases_ms.values())
+        report.verified = verified
+        sender = self._sender
+        assert sender is not None
+        report.pages_sent, report.pages_zero = sender.pages_sent, sender.pages_zero
+        report.dirty_sync_count = len(self._history) + 1
+        report.bandwidth_bytes_per_s = self._bandwidth()
+        last = self._history[-1]
+        report.dirty_pages_per_s = last.pages_left / max(last.elapsed_ns, 1) * 1e9
+        if self._decision is not None:
+            report.expected_downtime_ms = self._decision.expected_downtime_ns / 1e6
+
+    # -- small things
+
+    def _phase(self, name: str) -> None:
+        self._emit(PhaseEntered(name, self._ms()))
+
+    def _ms(self) -> float:
+        return (time.monotonic_ns() - self._started_ns) / 1e6
+
+    def _bandwidth(self) -> float:
+        """Bytes a second over the rounds that moved enough to tell; the latest weigh most."""
+        for stats in reversed(self._history):
+            if stats.bytes_sent >= 4 << 20:
+                return stats.bytes_sent / stats.elapsed_ns * 1e9
+        if self._history and self._history[0].bytes_sent:
+            slow = self._options.bandwidth or FIRST_GUESS_BYTES_PER_S
+            return max(slow, self._history[0].bytes_sent / self._history[0].elapsed_ns * 1e9)
+        return float(self._options.bandwidth or FIRST_GUESS_BYTES_PER_S)
+
+    def _bytes_per_page(self) -> float:
+        """What a dirty page has cost on the link so far."""
+        sent = sum(stats.pages_sent for stats in self._history)
+        if sent == 0:
+            return float(PAGE_SIZE)
+        return min(sum(stats.bytes_sent for stats in self._history) / sent, PAGE_SIZE * 1.01)
+
+    def _failure(self, error: BaseException) -> BaseException:
+        """The error to report: which machine, and where its guest is."""
+        name = self._machine.name
+        if isinstance(error, LinkLost):
+            if self._aborted:
+                return MigrationFailed(f"the migration of {name!r} was cancelled; it stays here")
+            return MigrationFailed(f"machine {name!r} was not migrated, it stays here: {error}")
+        if isinstance(error, (MigrateError, PeerError)) or not isinstance(error, Exception):
+            return error
+        return MigrationFailed(f"machine {name!r} was not migrated, it stays here: {error!r}")
+
+    def _tell_peer(self, channel: Channel, failure: BaseException) -> None:
+        with contextlib.suppress(MigrateError, AssertionError):
+            channel.link.set_timeout(1.0)
+            channel.send_error(failure, getattr(failure, "wire_code", 1))
+
+
+def _harvest(cursors: list[Cursor]) -> list[Lease]:
+    """One lease a slot; if one harvest fails, the others get their pages back."""
+    leases: list[Lease] = []
+    try:
+        for cursor in cursors:
+            leases.append(cursor.harvest())
+    except BaseException:
+        for lease in leases:
+            lease.restore()
+        raise
+    return leases
