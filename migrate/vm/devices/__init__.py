@@ -1,0 +1,1 @@
+"""Devices of the board, one file each (layer 2)."""

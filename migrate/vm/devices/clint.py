@@ -1,0 +1,99 @@
+"""SiFive CLINT (layer 2): machine software interrupts, machine timers and the time itself.
+
+The layout is also that of the ACLINT's MSWI and MTIMER. Time is the clock's; writing mtime
+sets it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar, Final
+
+from migrate.vm.devices.base import MASK64, MmioDevice, TimedDevice, read_part, write_part
+from migrate.vm.state import Field
+
+MIP_MSIP: Final = 1 << 3
+MIP_MTIP: Final = 1 << 7
+
+MTIMECMP: Final = 0x4000
+MTIME: Final = 0xBFF8
+
+
+class Clint(MmioDevice, TimedDevice):
+    """`set_irq(hart, mask, value)` drives mip; `rearm()` says that next_tick may be earlier."""
+
+    KIND = "sifive-clint0"
+    VERSION = 1
+    SIZE: ClassVar[int] = 0x10000
+    FIELDS = (
+        Field("msip", list, bits=1, max_length=64),
+        Field("mtimecmp", list, max_length=64),
+    )
+
+    def __init__(
+        self,
+        harts: int,
+        *,
+        time: Callable[[], int],
+        set_time: Callable[[int], None],
+        set_irq: Callable[[int, int, int], None],
+        rearm: Callable[[], None],
+    ) -> None:
+        self._harts = harts
+        self._time = time
+        self._set_time = set_time
+        self._set_irq = set_irq
+        self._rearm = rearm
+        self.reset()
+
+    def reset(self) -> None:
+        self.msip = [0] * self._harts
+        self.mtimecmp = [MASK64] * self._harts
+        for hart in range(self._harts):
+            self._set_irq(hart, MIP_MSIP | MIP_MTIP, 0)
+
+    def after_load(self) -> None:
+        self.refuse_unless(
+            len(self.msip) == len(self.mtimecmp) == self._harts,
+            f"state of {len(self.msip)} harts, this machine has {self._harts}",
+        )
+        for hart in range(self._harts):
+            self._set_irq(hart, MIP_MSIP, MIP_MSIP if self.msip[hart] else 0)
+        self.tick(self._time())
+
+    def next_tick(self) -> int | None:
+        """Earliest compare value that has not been reached."""
+        now = self._time()
+        ahead = [value for value in self.mtimecmp if now < value < MASK64]
+        return min(ahead, default=None)
+
+    def tick(self, now: int) -> None:
+        for hart, compare in enumerate(self.mtimecmp):
+            self._set_irq(hart, MIP_MTIP, MIP_MTIP if now >= compare else 0)
+
+    def mmio_read(self, offset: int, size: int) -> int:
+        if offset < 4 * self._harts:
+            return read_part(self.msip[offset >> 2], offset & 3, size)
+        if MTIMECMP <= offset < MTIMECMP + 8 * self._harts:
+            index, low = divmod(offset - MTIMECMP, 8)
+            return read_part(self.mtimecmp[index], low, size)
+        if MTIME <= offset < MTIME + 8:
+            return read_part(self._time(), offset - MTIME, size)
+        return 0
+
+    def mmio_write(self, offset: int, size: int, value: int) -> None:
+        if offset < 4 * self._harts:
+            hart = offset >> 2
+            if offset & 3 == 0:
+                self.msip[hart] = value & 1
+                self._set_irq(hart, MIP_MSIP, MIP_MSIP if value & 1 else 0)
+        elif MTIMECMP <= offset < MTIMECMP + 8 * self._harts:
+            hart, low = divmod(offset - MTIMECMP, 8)
+            self.mtimecmp[hart] = write_part(self.mtimecmp[hart], low, size, value) & MASK64
+            due = self._time() >= self.mtimecmp[hart]
+            self._set_irq(hart, MIP_MTIP, MIP_MTIP if due else 0)
+            self._rearm()
+        elif MTIME <= offset < MTIME + 8:
+            self._set_time(write_part(self._time(), offset - MTIME, size, value) & MASK64)
+            self.tick(self._time())
+            self._rearm()
