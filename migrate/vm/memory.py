@@ -28,6 +28,7 @@ from migrate.errors import HostError, UsageError
 from migrate.linux import mman
 from migrate.units import MIB, PAGE_SIZE, Gpa, Hva, format_size, pages_of
 from migrate.vm.definition import MAX_SLOT_BYTES, MAX_SLOTS, BackingKind, SlotSpec
+from migrate.vm.reserve import SEALS, MemoryReserve
 
 WriteListener = Callable[[int, int], None]
 """Called with (gpa, size) after the host wrote there."""
@@ -42,8 +43,13 @@ class MemorySlot:
     may outlive `close`: the mapping goes away with the last of them.
     """
 
-    def __init__(self, spec: SlotSpec, index: int = 0) -> None:
-        """Raises UsageError for a spec that makes no sense, HostError where the host refuses."""
+    def __init__(
+        self, spec: SlotSpec, index: int = 0, reserve: MemoryReserve | None = None
+    ) -> None:
+        """Raises UsageError for a spec that makes no sense, HostError where the host refuses.
+
+        An anonymous slot is made of `reserve`, if that has not been used yet.
+        """
         check_spec(spec)
         if mmap.PAGESIZE != PAGE_SIZE:
             raise HostError(
@@ -56,26 +62,17 @@ class MemorySlot:
         self.n_pages = pages_of(spec.size_bytes)
         self.listeners: list[WriteListener] = []
         """The owning GuestMemory's list: who hears of the host's writes."""
-        fd = _open_backing(spec)
         private = spec.backing is BackingKind.PRIVATE_FILE
-        try:
-            mapping = mmap.mmap(
-                fd,
-                spec.size_bytes,
-                flags=mmap.MAP_PRIVATE if private else mmap.MAP_SHARED,
-                prot=mmap.PROT_READ | mmap.PROT_WRITE,
-            )
-        except (OSError, ValueError) as error:
-            os.close(fd)
-            raise HostError(
-                f"slot {spec.name!r}: {format_size(spec.size_bytes)} cannot be mapped: {error}"
-            ) from error
+        ready = None
+        if reserve is not None and spec.backing is BackingKind.ANONYMOUS:
+            ready = reserve.take(spec.size_bytes)
+        fd, mapping = ready if ready is not None else _open_and_map(spec, private)
         self.fd: int | None = fd
         if private:  # nobody can reach the guest's copies through it
             os.close(fd)
             self.fd = None
-        self.view: memoryview = memoryview(mapping)
-        self.array: npt.NDArray[np.uint8] = np.frombuffer(mapping, dtype=np.uint8)
+        self.view: memoryview = memoryview(mapping)[: spec.size_bytes]
+        self.array: npt.NDArray[np.uint8] = np.frombuffer(self.view, dtype=np.uint8)
         self.words: npt.NDArray[np.uint64] = self.array.view(np.uint64)
         self.hva = Hva(self.array.ctypes.data)
         self.closed = False
@@ -181,14 +178,30 @@ def check_spec(spec: SlotSpec) -> None:
         raise UsageError(f"{slot}: backing {spec.backing.value!r} {missing}")
 
 
+def _open_and_map(spec: SlotSpec, private: bool) -> tuple[int, mmap.mmap]:
+    fd = _open_backing(spec)
+    try:
+        mapping = mmap.mmap(
+            fd,
+            spec.size_bytes,
+            flags=mmap.MAP_PRIVATE if private else mmap.MAP_SHARED,
+            prot=mmap.PROT_READ | mmap.PROT_WRITE,
+        )
+    except (OSError, ValueError) as error:
+        os.close(fd)
+        raise HostError(
+            f"slot {spec.name!r}: {format_size(spec.size_bytes)} cannot be mapped: {error}"
+        ) from error
+    return fd, mapping
+
+
 def _open_backing(spec: SlotSpec) -> int:
     """A descriptor to map: of a sealed memfd, or of the file, which is long enough."""
     if spec.backing is BackingKind.ANONYMOUS:
         try:
             fd = os.memfd_create(f"guest-{spec.name}"[:200], os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.ftruncate(fd, spec.size_bytes)
-            # Whoever is given the descriptor cannot take pages from under the guest (SIGBUS).
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
         except OSError as error:
             raise HostError(
                 f"slot {spec.name!r}: no anonymous memory of {format_size(spec.size_bytes)}: "
@@ -264,7 +277,9 @@ class GuestMemory:
     def size_bytes(self) -> int:
         return sum(slot.size_bytes for slot in self._slots)
 
-    def add(self, spec: SlotSpec, *, prealloc: bool = False) -> MemorySlot:
+    def add(
+        self, spec: SlotSpec, *, prealloc: bool = False, reserve: MemoryReserve | None = None
+    ) -> MemorySlot:
         """A new slot; its index is the lowest free one. The machine is stopped.
 
         Raises UsageError (overlap, misalignment, name taken, too many slots) and HostError (file
@@ -283,7 +298,7 @@ class GuestMemory:
                     f"{format_size(other.size_bytes)}"
                 )
         taken = {slot.index for slot in self._slots}
-        slot = MemorySlot(spec, next(i for i in range(MAX_SLOTS) if i not in taken))
+        slot = MemorySlot(spec, next(i for i in range(MAX_SLOTS) if i not in taken), reserve)
         if prealloc:
             try:
                 slot.prealloc()
