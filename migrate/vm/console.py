@@ -49,6 +49,13 @@ class Console:
         """Deliver input to `receive` from now on."""
         self._receive, self._ready = receive, ready
 
+    def offer(self, data: bytes) -> bool:
+        """Input for the guest, from any thread; False while it has no room for it."""
+        if self._receive is None or self._ready is None or not self._ready():
+            return False
+        self._receive(data)
+        return True
+
     def write(self, data: bytes) -> None:
         """Output of the guest."""
         with self._lock:
