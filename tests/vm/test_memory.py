@@ -36,7 +36,8 @@ def open_fds() -> int:
 
 
 def touched(slot: MemorySlot) -> list[int]:
-    return pages.to_indices(pages.full(slot.n_pages) & ~slot.never_touched(), slot.n_pages).tolist()
+    bitmap = pages.full(slot.n_pages) & ~slot.never_touched()
+    return [int(page) for page in pages.to_indices(bitmap, slot.n_pages)]
 
 
 def test_an_anonymous_slot_is_one_zeroed_mapping_with_three_faces() -> None:
