@@ -1,0 +1,1 @@
+"""The RISC-V core over Unicorn (layer 2)."""

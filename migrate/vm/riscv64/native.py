@@ -1,0 +1,224 @@
+"""The engine with the compiled part `_engine` (layer 2).
+
+Finds the functions of the loaded libunicorn, checks the environment's layout against the public
+interface field by field, and adapts the compiled part to `Engine`. The self-tests that decide
+whether it may be used are in selftest.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import struct
+from typing import Any, Final
+
+from migrate.errors import HostError
+from migrate.vm.clock import TimeSource
+from migrate.vm.core import Caps, EcallHandler, Mmio, Reason
+from migrate.vm.riscv64.engine import PAGE, Ended, Engine, describe_error, open_unicorn, unicorn
+
+try:
+    from migrate.vm.riscv64 import _engine
+except ImportError:
+    _engine = None  # type: ignore[assignment]
+
+_PMP: Final = struct.Struct("<16B16Q")
+_INTERNALS: Final = ("tb_invalidate_phys_page_fast_riscv64", "tlb_reset_dirty_by_vaddr_riscv64")
+_ENDS: Final = {
+    1: Reason.BUDGET,
+    2: Reason.DEADLINE,
+    3: Reason.STOPPED,
+    4: Reason.TURN,
+    5: Reason.WFI,
+    6: Reason.ERROR,
+}
+_BLOCK_ALIGN: Final = 64 * PAGE
+_RAM_ADDR_MAX: Final = (1 << 64) - 1
+
+_bound = False
+
+
+class NativeUnavailable(Exception):
+    """The compiled part is missing, or does not fit the installed engine. Says why."""
+
+
+def library() -> Any:
+    """The libunicorn that the binding loaded."""
+    return importlib.import_module("unicorn.unicorn_py3.unicorn").uclib
+
+
+def bind() -> None:
+    """Give the compiled part the engine's functions. Raises NativeUnavailable."""
+    global _bound
+    if _bound:
+        return
+    if _engine is None:
+        raise NativeUnavailable("the extension migrate.vm.riscv64._engine is not built")
+    lib = library()
+    symbols: dict[str, int] = {}
+    for name in (*_engine.SYMBOLS, *_INTERNALS):
+        try:
+            address = ctypes.cast(getattr(lib, name), ctypes.c_void_p).value
+        except AttributeError:
+            raise NativeUnavailable(f"libunicorn does not export {name}") from None
+        assert address is not None
+        symbols[name] = address
+    try:
+        _engine.bind(symbols)
+        _engine.set_code_repair(True)
+    except (LookupError, RuntimeError, OSError) as error:
+        raise NativeUnavailable(str(error)) from None
+    _bound = True
+
+
+def set_code_repair(on: bool) -> None:
+    """The repair of stale translated code, process-wide. Off only in tests."""
+    assert _engine is not None
+    _engine.set_code_repair(on)
+
+
+class RamOffsets:
+    """Where the engine puts mapped memory in its own numbering, which `written` needs.
+
+    Follows find_ram_offset() of the engine's exec.c: the smallest gap that fits, after an existing
+    block, aligned to 64 pages.
+    """
+
+    def __init__(self) -> None:
+        self.blocks: dict[int, tuple[int, int]] = {}  # gpa -> size, offset
+
+    def map(self, gpa: int, size: int) -> None:
+        if not self.blocks:
+            self.blocks[gpa] = (size, 0)
+            return
+        best, best_gap = 0, _RAM_ADDR_MAX
+        for block_size, offset in self.blocks.values():
+            candidate = -(-(offset + block_size) // _BLOCK_ALIGN) * _BLOCK_ALIGN
+            following = [o for _, o in self.blocks.values() if o >= candidate]
+            gap = min(following, default=_RAM_ADDR_MAX) - candidate
+            if size <= gap < best_gap:
+                best, best_gap = candidate, gap
+        self.blocks[gpa] = (size, best)
+
+    def unmap(self, gpa: int) -> None:
+        self.blocks.pop(gpa, None)
+
+    def ranges(self, gpa: int, size: int) -> list[tuple[int, int]]:
+        """The engine's [start, end) of the mapped parts of [gpa, gpa + size)."""
+        found = []
+        for base, (length, offset) in self.blocks.items():
+            start, end = max(gpa, base), min(gpa + size, base + length)
+            if start < end:
+                found.append((start - base + offset, end - base + offset))
+        return found
+
+
+class NativeEngine(Engine):
+    """Unicorn driven by the compiled part."""
+
+    def __init__(self, n_harts: int, ecall: EcallHandler | None) -> None:
+        bind()
+        assert _engine is not None
+        self.uc = open_unicorn()
+        self.n_harts = n_harts
+        self._fields: dict[str, int] = _engine.FIELDS
+        self._ram = RamOffsets()
+        self.exact_ranges = True
+        try:
+            self.engine = _engine.Engine(self.uc._uch.value, n_harts, ecall)
+        except RuntimeError as error:
+            raise NativeUnavailable(str(error)) from None
+
+    @property
+    def current(self) -> int:
+        return int(self.engine.current)
+
+    @property
+    def executed(self) -> int:
+        return int(self.engine.executed)
+
+    def caps(self) -> Caps:
+        return Caps(exact_stops=True, native=True, time_unit="code-bytes")
+
+    def run(self, budget: int, deadline_ns: int | None) -> Ended:
+        end, error = self.engine.run(budget, deadline_ns or 0)
+        if error:
+            return Ended(Reason.ERROR, describe_error(error))
+        return Ended(_ENDS[end])
+
+    def stop(self) -> None:
+        self.engine.stop()
+
+    def end_turn(self) -> None:
+        self.engine.end_turn()
+
+    def select(self, hart: int) -> None:
+        self.engine.select(hart)
+
+    def set_irq(self, hart: int, mask: int, value: int) -> None:
+        self.engine.set_irq(hart, mask, value)
+
+    def get(self, hart: int, name: str) -> int:
+        if name == "fflags":
+            return int(self.engine.get_fflags(hart))
+        return int(self.engine.peek(hart, self._fields[name]))
+
+    def set(self, hart: int, name: str, value: int) -> None:
+        if name == "fflags":
+            self.engine.set_fflags(hart, value)
+        elif name != "x0":
+            self.engine.poke(hart, self._fields[name], value)
+
+    def get_pmp(self, hart: int) -> tuple[list[int], list[int]]:
+        packed = _PMP.unpack(self.engine.get_pmp(hart))
+        return list(packed[:16]), list(packed[16:])
+
+    def set_pmp(self, hart: int, cfg: list[int], addr: list[int]) -> None:
+        self.engine.set_pmp(hart, _PMP.pack(*cfg, *addr))
+
+    def loaded(self, hart: int) -> None:
+        self.engine.loaded(hart)
+
+    def owe_tlb_flush(self, hart: int) -> None:
+        self.engine.owe_tlb_flush(hart)
+
+    def written(self, gpa: int, size: int) -> None:
+        if not self.exact_ranges:
+            self.engine.forget_code()
+            return
+        for start, end in self._ram.ranges(gpa, size):
+            self.engine.written(start, end)
+
+    def forget_code(self) -> None:
+        self.engine.forget_code()
+
+    def set_time(self, source: TimeSource) -> None:
+        self.engine.set_time(int(source.kind), source.offset)
+
+    def ticks(self) -> int:
+        return int(self.engine.ticks())
+
+    def map_mmio(self, gpa: int, size: int, device: Mmio) -> None:
+        error = self.engine.map_mmio(gpa, size, device.mmio_read, device.mmio_write)
+        if error:
+            raise HostError(f"cannot map a device at {gpa:#x}: {describe_error(error)}")
+
+    def map_memory(self, gpa: int, size: int, hva: int, readonly: bool) -> None:
+        rights = unicorn.UC_PROT_READ | unicorn.UC_PROT_EXEC
+        if not readonly:
+            rights |= unicorn.UC_PROT_WRITE
+        self.uc.mem_map_ptr(gpa, size, rights, ctypes.c_void_p(hva))
+        self._ram.map(gpa, size)
+        self.engine.memory_mapped(gpa, size, hva)
+
+    def unmap_memory(self, gpa: int, size: int) -> None:
+        self.uc.mem_unmap(gpa, size)
+        self._ram.unmap(gpa)
+        self.engine.memory_mapped(gpa, size, 0)
+
+    def stats(self) -> dict[str, int]:
+        return dict(self.engine.stats())
+
+    def close(self) -> None:
+        self.engine.close()
+        self.uc = None
