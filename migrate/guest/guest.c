@@ -47,6 +47,7 @@ static u32 *visit_counts; /* one a page of the working set */
 static u64 fill_first, fill_end, set_first, set_pages; /* page numbers: address / 4096 */
 static u64 visits, wrong_visits, first_wrong, next_in_order, random_state;
 static u64 beats, code_sum, sleeps, max_late_ticks;
+static u64 hole; /* the longest time between two looks at the clock since the last beat */
 
 /* -- console -------------------------------------------------------------------------------- */
 
@@ -449,7 +450,9 @@ static void heartbeat(u64 t, u64 late, u64 dirtied)
     put_number(" wrong=", wrong_visits);
     put_number(" dirtied=", dirtied);
     put_number(" late=", late);
+    put_number(" hole=", hole);
     send_line();
+    hole = 0;
 }
 
 /* -- the course of things -------------------------------------------------------------------- */
@@ -526,7 +529,7 @@ static void lay_out_and_fill(void)
 
 void worker(void)
 {
-    u64 started, t, due, requests_at, base, base_visits, last_visits = 0;
+    u64 started, t, before, due, requests_at, base, base_visits, last_visits = 0;
     u64 lot = header.visit == VISIT_PAGE ? 4 : 64; /* visits between two looks at the clock */
 
     uart_write(1, 0); /* no interrupts */
@@ -590,6 +593,9 @@ void worker(void)
             } else
                 spin(header.spin_rounds);
         }
+        before = t;
         t = now();
+        if (t - before > hole)
+            hole = t - before;
     }
 }

@@ -194,6 +194,8 @@ class Filled:
 class Heartbeat:
     """One period went by. `dirtied`: visits since the beat before; `late_ticks`: how long after
     it was due the beat was sent; periods that were missed altogether are left out.
+    `hole_ticks`: the longest time between two looks at the clock since the beat before. A guest
+    that spins looks every 20 µs: a longer hole is time in which it did not run.
     """
 
     number: int
@@ -202,6 +204,7 @@ class Heartbeat:
     wrong: int
     dirtied: int
     late_ticks: int
+    hole_ticks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +270,7 @@ Report: TypeAlias = Filled | Heartbeat | Verdict | Statistics | Trap | Goodbye |
 _PAIR: Final = re.compile(r" ([a-z_]{1,16})=(0x[0-9a-f]{1,16}|[0-9]{1,20})")
 _LINES: Final[dict[str, tuple[type, tuple[str, ...]]]] = {
     "FILLED": (Filled, ("pages", "from", "ticks")),
-    "HB": (Heartbeat, ("n", "t", "visits", "wrong", "dirtied", "late")),
+    "HB": (Heartbeat, ("n", "t", "visits", "wrong", "dirtied", "late", "hole")),
     "VERIFY": (
         Verdict,
         ("pages", "wrong", "first", "digest", "code", "visits", "wrong_visits", "ticks"),

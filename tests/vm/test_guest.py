@@ -83,8 +83,8 @@ def test_parameters_that_make_no_sense(change: dict[str, int], words: str) -> No
 
 
 def test_lines() -> None:
-    beat = guest.parse_line("HB n=3 t=500 visits=7 wrong=0 dirtied=2 late=1\r\n")
-    assert beat == Heartbeat(3, 500, 7, 0, 2, 1)
+    beat = guest.parse_line("HB n=3 t=500 visits=7 wrong=0 dirtied=2 late=1 hole=8\r\n")
+    assert beat == Heartbeat(3, 500, 7, 0, 2, 1, 8)
     verdict = guest.parse_line(
         "VERIFY pages=10 wrong=1 first=0x0000000080010000 digest=0x00000000000000ff"
         " code=1 visits=7 wrong_visits=0 ticks=5"
@@ -104,9 +104,9 @@ def test_lines() -> None:
         "",
         "HB",
         "HB n=3 t=500 visits=7 wrong=0 dirtied=2",
-        "HB n=3 t=500 visits=7 wrong=0 dirtied=2 late=1 more=1",
-        "HB n=3 t=500 visits=7 wrong=0 dirtied=2 late=x",
-        "n=3 t=500 visits=7 wrong=0 dirtied=2 late=1",
+        "HB n=3 t=500 visits=7 wrong=0 dirtied=2 late=1 hole=8 more=1",
+        "HB n=3 t=500 visits=7 wrong=0 dirtied=2 late=1 hole=x",
+        "n=3 t=500 visits=7 wrong=0 dirtied=2 late=1 hole=8",
         "visits=7 wrong=0 HB n=3",
     ],
 )
@@ -117,7 +117,7 @@ def test_cut_or_foreign_lines_are_no_reports(line: str) -> None:
 @settings(max_examples=50, deadline=None)
 @given(st.binary(max_size=300), st.lists(st.integers(0, 300), max_size=5))
 def test_the_console_does_not_care_how_output_is_cut(noise: bytes, cuts: list[int]) -> None:
-    data = noise + b"\nHB n=1 t=2 visits=3 wrong=4 dirtied=5 late=6\nBYE\nHB n=2 t="
+    data = noise + b"\nHB n=1 t=2 visits=3 wrong=4 dirtied=5 late=6 hole=7\nBYE\nHB n=2 t="
     edges = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
     console = guest.Console()
     reports = [
@@ -125,7 +125,7 @@ def test_the_console_does_not_care_how_output_is_cut(noise: bytes, cuts: list[in
         for first, end in itertools.pairwise(edges)
         for report in console.feed(data[first:end])
     ]
-    assert reports[-2:] == [Heartbeat(1, 2, 3, 4, 5, 6), guest.Goodbye()]
+    assert reports[-2:] == [Heartbeat(1, 2, 3, 4, 5, 6, 7), guest.Goodbye()]
 
 
 def test_fills_have_the_ratio_they_promise() -> None:
