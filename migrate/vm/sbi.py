@@ -56,9 +56,10 @@ class Hsm(enum.IntEnum):
 class Services(Protocol):
     """What the SBI needs of the board."""
 
-    harts: int
-    memory: DmaMemory
-
+    @property
+    def harts(self) -> int: ...
+    @property
+    def memory(self) -> DmaMemory: ...
     def time(self) -> int: ...
     def set_irq(self, hart: int, mask: int, value: int) -> None: ...
     def rearm(self) -> None: ...
@@ -108,6 +109,8 @@ class Sbi(Device, TimedDevice):
     def reset(self) -> None:
         harts = self._board.harts
         self.timecmp = [MASK64] * harts
+        self._waiting = [True] * harts
+        """Which compare values have not been reached when last looked at."""
         self.hsm = [int(Hsm.STARTED)] + [int(Hsm.STOPPED)] * (harts - 1)
         self.start_addr = [0] * harts
         self.start_arg = [0] * harts
@@ -122,17 +125,29 @@ class Sbi(Device, TimedDevice):
             )
         states = {int(state) for state in Hsm}
         self.refuse_unless(set(self.hsm) <= states, f"unknown hart state in {self.hsm}")
-        self.tick(self._board.time())
+        self._waiting = [True] * self._board.harts
+        now = self._board.time()
+        for hart in range(self._board.harts):
+            self._compare(hart, now)
 
     # -- timers
 
     def next_tick(self) -> int | None:
-        now = self._board.time()
-        return min((value for value in self.timecmp if now < value < MASK64), default=None)
+        earliest = MASK64
+        for hart, waiting in enumerate(self._waiting):
+            if waiting and self.timecmp[hart] < earliest:
+                earliest = self.timecmp[hart]
+        return None if earliest == MASK64 else earliest
 
     def tick(self, now: int) -> None:
-        for hart, compare in enumerate(self.timecmp):
-            self._board.set_irq(hart, MIP_STIP, MIP_STIP if now >= compare else 0)
+        for hart, waiting in enumerate(self._waiting):
+            if waiting and now >= self.timecmp[hart]:
+                self._compare(hart, now)
+
+    def _compare(self, hart: int, now: int) -> None:
+        reached = now >= self.timecmp[hart]
+        self._waiting[hart] = not reached
+        self._board.set_irq(hart, MIP_STIP, MIP_STIP if reached else 0)
 
     # -- harts
 
@@ -215,8 +230,7 @@ class Sbi(Device, TimedDevice):
 
     def _set_timer(self, hart: int, compare: int) -> None:
         self.timecmp[hart] = compare
-        due = self._board.time() >= compare
-        self._board.set_irq(hart, MIP_STIP, MIP_STIP if due else 0)
+        self._compare(hart, self._board.time())
         self._board.rearm()
 
     def _ipi(self, hart: int, arguments: list[int]) -> int:

@@ -49,6 +49,8 @@ class Clint(MmioDevice, TimedDevice):
     def reset(self) -> None:
         self.msip = [0] * self._harts
         self.mtimecmp = [MASK64] * self._harts
+        self._waiting = [True] * self._harts
+        """Which compare values have not been reached when last looked at."""
         for hart in range(self._harts):
             self._set_irq(hart, MIP_MSIP | MIP_MTIP, 0)
 
@@ -59,17 +61,30 @@ class Clint(MmioDevice, TimedDevice):
         )
         for hart in range(self._harts):
             self._set_irq(hart, MIP_MSIP, MIP_MSIP if self.msip[hart] else 0)
-        self.tick(self._time())
+        self._compare_all()
 
     def next_tick(self) -> int | None:
-        """Earliest compare value that has not been reached."""
-        now = self._time()
-        ahead = [value for value in self.mtimecmp if now < value < MASK64]
-        return min(ahead, default=None)
+        earliest = MASK64
+        for hart, waiting in enumerate(self._waiting):
+            if waiting and self.mtimecmp[hart] < earliest:
+                earliest = self.mtimecmp[hart]
+        return None if earliest == MASK64 else earliest
 
     def tick(self, now: int) -> None:
-        for hart, compare in enumerate(self.mtimecmp):
-            self._set_irq(hart, MIP_MTIP, MIP_MTIP if now >= compare else 0)
+        for hart, waiting in enumerate(self._waiting):
+            if waiting and now >= self.mtimecmp[hart]:
+                self._compare(hart, now)
+
+    def _compare(self, hart: int, now: int) -> None:
+        reached = now >= self.mtimecmp[hart]
+        self._waiting[hart] = not reached
+        self._set_irq(hart, MIP_MTIP, MIP_MTIP if reached else 0)
+
+    def _compare_all(self) -> None:
+        now = self._time()
+        self._waiting = [True] * self._harts
+        for hart in range(self._harts):
+            self._compare(hart, now)
 
     def mmio_read(self, offset: int, size: int) -> int:
         if offset < 4 * self._harts:
@@ -90,10 +105,9 @@ class Clint(MmioDevice, TimedDevice):
         elif MTIMECMP <= offset < MTIMECMP + 8 * self._harts:
             hart, low = divmod(offset - MTIMECMP, 8)
             self.mtimecmp[hart] = write_part(self.mtimecmp[hart], low, size, value) & MASK64
-            due = self._time() >= self.mtimecmp[hart]
-            self._set_irq(hart, MIP_MTIP, MIP_MTIP if due else 0)
+            self._compare(hart, self._time())
             self._rearm()
         elif MTIME <= offset < MTIME + 8:
             self._set_time(write_part(self._time(), offset - MTIME, size, value) & MASK64)
-            self.tick(self._time())
+            self._compare_all()
             self._rearm()

@@ -78,6 +78,20 @@ class Uart(MmioDevice):
         self._update()
         return len(taken)
 
+    def take(self, size: int) -> bytes:
+        """Received input that the guest fetches other than through the registers."""
+        data = bytes(self.rx[:size])
+        if data:
+            del self.rx[:size]
+            self._update()
+        return data
+
+    def emit(self, data: bytes) -> None:
+        """Transmit what does not come through the registers, in its order with what does."""
+        self._tx += data
+        if len(self._tx) >= FLUSH_BYTES:
+            self.flush()
+
     def flush(self) -> None:
         """Hand over what was transmitted since the last call."""
         if self._tx:
@@ -126,9 +140,7 @@ class Uart(MmioDevice):
                 if self.mcr & MCR_LOOP:
                     self.receive(bytes((value,)))
                 else:
-                    self._tx.append(value)
-                    if len(self._tx) >= FLUSH_BYTES:
-                        self.flush()
+                    self.emit(bytes((value,)))
                 if not self.thre_pending:
                     self.thre_pending = True
                     self._update()
