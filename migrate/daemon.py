@@ -51,6 +51,11 @@ class Daemon:
         self._place: SocketPlace | None = None
         self._stop = trio.Event()
         self._stop_reason = ""
+        self.stop_signal = 0
+        """The signal that ended the process, if one did."""
+        self.guest_exit_code = 0
+        """What the guest said when it switched itself off."""
+        self._nursery: trio.Nursery | None = None
         self._sending: trio.CancelScope | None = None
         self._migration: Json = {}
         self._started_at = time.time()
@@ -70,6 +75,7 @@ class Daemon:
         outcome = "stopped"
         try:
             async with open_nursery() as nursery:
+                self._nursery = nursery
                 nursery.start_soon(server.serve, place.listener)
                 nursery.start_soon(self._watch_signals)
                 if self._stdio:
@@ -81,6 +87,7 @@ class Daemon:
                     self.phase = ""
                     ready(self)
                     outcome = (await machine.ended()).value
+                    self.guest_exit_code = machine.board.exit_code
                 if self._sending is not None and outcome == "stopped":
                     self._sending.cancel()
                 # Whoever asked is still told: the report of a migration, that it was stopped.
@@ -102,6 +109,11 @@ class Daemon:
         if not self._stop.is_set():
             self._stop_reason = reason
             self._stop.set()
+
+    def background(self, task: Callable[..., Awaitable[None]], *arguments: object) -> None:
+        """Run a task beside the machine, for `build`."""
+        assert self._nursery is not None
+        self._nursery.start_soon(task, *arguments)
 
     def rename(self, name: str) -> None:
         """Answer to `name`. Raises MachineStateError if it is taken."""
@@ -135,6 +147,7 @@ class Daemon:
     async def _watch_signals(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             async for number in signals:
+                self.stop_signal = int(number)
                 self.stop(signal.Signals(number).name)
 
     # -- what may be asked

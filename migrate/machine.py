@@ -207,9 +207,13 @@ class Machine:
     # -- state that travels
 
     def save(self) -> PortableState:
-        """Harts, devices and clock; not the memory. Raises MachineStateError unless paused."""
+        """Harts, devices and clock; not the memory. What the guest wrote to its disks is stable.
+
+        Raises MachineStateError unless paused, HostError.
+        """
         with self._changed:
             self._refuse_running("save")
+        self.board.quiesce()
         return self.board.save()
 
     def load_untrusted(self, state: object) -> None:
@@ -255,7 +259,7 @@ class Machine:
         return {
             "state": self._state.value,
             "machine": asdict(self.counters),
-            "board": _plain(self.board.stats),
+            "board": self.board.stats,
             "logs": {
                 slot.spec.name: {
                     "backend": log.backend,
@@ -386,7 +390,3 @@ _ENDED_TEXT = {
     State.FAILED: "has failed",
     State.MIGRATED: "has been migrated; the guest runs at the destination",
 }
-
-
-def _plain(stats: Any) -> dict[str, Any]:
-    return dict(stats) if isinstance(stats, dict) else asdict(stats)

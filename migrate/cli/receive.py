@@ -1,0 +1,125 @@
+"""receive: wait for a machine that is sent here, and be its process (layer 5)."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from migrate.cli.common import DETACH_OPTION, JSON_OPTION, SIZE
+from migrate.cli.process import CONSOLE_HELP, Tell, machine_process
+from migrate.control import check_name
+from migrate.errors import MachineStateError
+from migrate.units import format_size
+
+if TYPE_CHECKING:
+    from migrate.daemon import Build, Daemon
+    from migrate.events import Event
+    from migrate.machine import Machine
+    from migrate.vm.definition import MachineDefinition
+
+RENAME_S = 5.0
+"""A source on the same host gives its name back when it ends, just after the guest came."""
+
+
+@click.command("receive")
+@click.option(
+    "--listen",
+    "uri",
+    required=True,
+    metavar="URI",
+    help="tcp:HOST:PORT (port 0: a free one, which is printed), unix:PATH or fd:N.",
+)
+@click.option(
+    "--name", metavar="NAME", help="How the machine is called here (default: as at the source)."
+)
+@click.option("--console", metavar="PLACE", help=CONSOLE_HELP + " Default stdio.")
+@click.option(
+    "--prealloc",
+    type=SIZE,
+    metavar="SIZE",
+    help="Touch so much memory now, so that the stream need not (default 0).",
+)
+@DETACH_OPTION
+@JSON_OPTION
+def receive_command(
+    uri: str,
+    name: str | None,
+    console: str | None,
+    prealloc: int | None,
+    detach: bool,
+    as_json: bool,
+) -> int:
+    """Wait for a machine that is sent here, and run it.
+
+    Whoever connects and does not speak the protocol is turned away, and the wait goes on. Once a
+    migration has begun and fails, nothing is started and the command ends with an error.
+    """
+    # Until its guest is here it has no name of its own.
+    first_name = check_name(name) if name else f"incoming-{os.getpid()}"
+
+    def make_build(tell: Tell) -> Build:
+        return _build(uri, name, prealloc or 0, tell)
+
+    def describe(fields: dict[str, Any]) -> str:
+        return f"machine {fields['name']!r} (process {fields['pid']}) listens at {fields['uri']}"
+
+    return machine_process(
+        first_name, console, make_build, describe, detach=detach, paused=False, as_json=as_json
+    )
+
+
+def _build(uri: str, name: str | None, prealloc_bytes: int, tell: Tell) -> Build:
+    import trio
+
+    from migrate.daemon import say
+    from migrate.destination import ReceiveOptions, receive
+    from migrate.machine import Machine
+    from migrate.vm.reserve import MemoryReserve
+
+    async def build(daemon: Daemon) -> Machine:
+        reserve = None
+        if prealloc_bytes:
+            daemon.phase = "preparing"
+            reserve = await trio.to_thread.run_sync(MemoryReserve, prealloc_bytes)
+
+        def make_machine(definition: MachineDefinition) -> Machine:
+            daemon.phase = "receiving"
+            if name is not None:
+                definition = dataclasses.replace(definition, name=name)
+            say(f"{definition.name!r} is coming, {format_size(definition.memory_bytes)} of memory")
+            return Machine.create(definition, daemon.console, reserve=reserve)
+
+        def on_listening(address: str) -> None:
+            daemon.phase = "listening"
+            tell(daemon, {"uri": address})
+
+        def emit(event: Event) -> None:
+            daemon.note(event)
+
+        try:
+            machine = await receive(uri, ReceiveOptions(make_machine), emit, on_listening)
+        finally:
+            if reserve is not None:
+                reserve.close()
+        if name is None:
+            daemon.background(take_name, daemon, machine.name)
+        return machine
+
+    return build
+
+
+async def take_name(daemon: Daemon, name: str) -> None:
+    """Call the machine what it was called at the source, as soon as nobody else here is."""
+    import trio
+
+    with trio.move_on_after(RENAME_S):
+        while True:
+            try:
+                daemon.rename(name)
+            except MachineStateError:
+                await trio.sleep(0.05)
+            else:
+                return
