@@ -147,21 +147,39 @@ class _Migration:
         machine, report = self._machine, self._report
         self._was_running = machine.state is State.RUNNING
         self._started_ns = time.monotonic_ns()
-        channel: Channel | None = None
+        try:
+            self._phase("connect")
+            self._link = link = connect(self._address)
+            try:
+                self._migrate(Channel(link, Role.SOURCE))
+            finally:
+                link.close()
+        except BaseException as error:
+            failure = self._failure(error)
+            report.status, report.error = "failed", str(failure)
+            if not isinstance(failure, HandoverUncertain) and self._was_running:
+                machine.resume_now()
+            if failure is error:
+                raise
+            raise failure from error
+        report.status = "completed"
+        report.total_ms = self._ms()
+        report.transferred_bytes = link.bytes_sent
+        return report
+
+    def _migrate(self, channel: Channel) -> None:
+        """The phases over a connected link. Whatever fails, the peer is told, if it can be."""
+        link = channel.link
+        if self._aborted:
+            link.abort()
         try:
             with contextlib.ExitStack() as stack:
-                self._phase("connect")
-                self._link = link = connect(self._address)
-                stack.callback(link.close)
-                if self._aborted:
-                    link.abort()
-                channel = Channel(link, Role.SOURCE)
                 self._phase("negotiate")
                 link.set_timeout(NEGOTIATION_TIMEOUT_S)
                 channel.negotiate_untrusted()
                 self._phase("configure")
                 self._configure(channel)
-                link.set_timeout(STALL_TIMEOUT_S)
+                # Before the first page: whatever is written from now on will be dirty.
                 cursors = self._machine.cursors(CURSOR)
                 for cursor in cursors:
                     stack.callback(cursor.close)
@@ -174,26 +192,15 @@ class _Migration:
                     self._options.bandwidth,
                 )
                 stack.callback(self._sender.close)
-                report.setup_ms = self._ms()
+                self._report.setup_ms = self._ms()
                 self._phase("rounds")
                 leases = self._rounds(channel, cursors)
                 self._phase("switchover")
                 self._switch_over(channel, cursors, leases)
         except BaseException as error:
-            failure = self._failure(error)
-            report.status, report.error = "failed", str(failure)
-            report.total_ms = self._ms()
-            if not isinstance(failure, HandoverUncertain) and self._was_running:
-                machine.resume_now()
-            if channel is not None and not isinstance(error, LinkLost):
-                self._tell_peer(channel, failure)
-            if failure is error:
-                raise
-            raise failure from error
-        report.status = "completed"
-        report.total_ms = self._ms()
-        report.transferred_bytes = link.bytes_sent
-        return report
+            if not isinstance(error, LinkLost):
+                self._tell_peer(channel, self._failure(error))
+            raise
 
     def _configure(self, channel: Channel) -> None:
         """The machine's definition; the destination builds it and answers."""
@@ -207,8 +214,7 @@ class _Migration:
             verify=self._options.verify,
         )
         # Building a large machine may take a while, so the stall timeout applies.
-        assert self._link is not None
-        self._link.set_timeout(STALL_TIMEOUT_S)
+        channel.link.set_timeout(STALL_TIMEOUT_S)
         channel.expect_untrusted(FrameType.CONFIGURED)
 
     def _rounds(self, channel: Channel, cursors: list[Cursor]) -> list[Lease]:
