@@ -10,6 +10,7 @@ What the machine does not do: migrate itself (source, destination), listen to an
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import enum
 import sys
@@ -277,6 +278,7 @@ class Machine:
 
     def close(self) -> None:
         """Stop the vcpus for good and give everything back. Any number of times."""
+        atexit.unregister(self.close)
         with self._changed:
             self._closing = True
             self._run = False
