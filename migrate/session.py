@@ -74,7 +74,8 @@ class Session:
 
     def negotiated(self) -> None:
         """Both stream headers have crossed."""
-        assert self.phase is Phase.NEGOTIATE
+        if self.phase is not Phase.NEGOTIATE:
+            raise AssertionError(f"negotiated again in phase {self.phase.value}")
         self.phase = Phase.CONFIGURE
 
     def sent(self, kind: FrameType) -> None:
@@ -83,7 +84,8 @@ class Session:
             self.phase = Phase.FAILED
             return
         following = TRANSITIONS.get((self.phase, self.role, kind))
-        assert following is not None, f"{kind.name} may not be sent in phase {self.phase.value}"
+        if following is None:
+            raise AssertionError(f"{kind.name} may not be sent in phase {self.phase.value}")
         self.phase = following
 
     def received_untrusted(self, kind: FrameType) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import enum
 import struct
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -72,6 +73,8 @@ class Feature(enum.IntFlag):
 
 
 FEATURES: Final = Feature.ZSTD | Feature.PAGE_HASHES
+REQUIRED: Final = Feature.PAGE_HASHES
+"""What neither side can do without: bulk has no other checksum than the page hashes."""
 
 
 class FrameType(enum.IntEnum):
@@ -116,7 +119,7 @@ LIMITS: Final[dict[FrameType, Limits]] = {
     FrameType.ROUND_END: Limits(4096),
     FrameType.ROUND_ACK: Limits(4096),
     FrameType.FINAL: Limits(4096),
-    FrameType.STATE: Limits(16 * MIB),
+    FrameType.STATE: Limits(4 * MIB),
     FrameType.LOADED: Limits(4096),
     FrameType.HANDOVER: Limits(4096),
     FrameType.RUNNING: Limits(4096),
@@ -124,6 +127,8 @@ LIMITS: Final[dict[FrameType, Limits]] = {
 }
 UNKNOWN_OPTIONAL: Final = Limits(MIB, MIB)
 """What an optional frame of a type unknown here may hold; it is read and dropped."""
+MAX_CONTAINERS: Final = 4096
+"""Lists and maps in one control frame: a byte on the wire may be 64 in memory as an empty list."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +164,8 @@ def encode_stream_header(header: StreamHeader) -> bytes:
 
 def decode_stream_header_untrusted(data: bytes) -> StreamHeader:
     """The header in exactly 40 bytes."""
+    if len(data) != STREAM_HEADER.size:
+        raise PeerError(f"a stream header of {len(data)} bytes; it has {STREAM_HEADER.size}")
     magic, major, minor, size, role, features, required, _reserved, crc = STREAM_HEADER.unpack(data)
     if magic != STREAM_MAGIC:
         raise PeerError("this is not a migration stream (wrong magic)")
@@ -186,6 +193,8 @@ def encode_frame(
 
 def decode_frame_header_untrusted(data: bytes | bytearray, expected_sequence: int) -> FrameHeader:
     """The header in exactly 32 bytes, its lengths within the limits of its type."""
+    if len(data) != FRAME_HEADER.size:
+        raise PeerError(f"a frame header of {len(data)} bytes; it has {FRAME_HEADER.size}")
     magic, kind, flags, sequence, meta_bytes, bulk_bytes, meta_crc, crc = FRAME_HEADER.unpack(data)
     if magic != FRAME_MAGIC or crc != zlib.crc32(data[:-4]):
         raise PeerError("a frame header is damaged (magic or checksum)")
@@ -228,11 +237,17 @@ def unpack_untrusted(
 
     Further fields are ignored: a later minor version may add some.
     """
+    spend = _container_budget()
     try:
+        # A list is allocated by the length that it claims, before its items are read. Only
+        # lengths that the bytes bear out get that far: skipping builds nothing.
+        size = len(meta) or 1
+        skipping = msgpack.Unpacker(read_size=min(1024, size), max_buffer_size=size)
+        skipping.feed(meta)
+        skipping.skip()
         value = msgpack.unpackb(
-            meta, raw=False, strict_map_key=False, max_ext_len=0,
-            max_array_len=1 << 20, max_map_len=4096,
-        )  # fmt: skip
+            meta, raw=False, max_ext_len=0, max_map_len=4096, list_hook=spend, object_hook=spend
+        )
     except Exception as error:
         # msgpack raises ValueError, its subclasses, and for hostile nesting StackError.
         raise PeerError(f"{what} is not valid msgpack ({type(error).__name__})") from None
@@ -245,6 +260,20 @@ def unpack_untrusted(
         if isinstance(found, bool) and wanted is int:
             raise PeerError(f"{what}: field {name!r} is of the wrong type")
     return value
+
+
+def _container_budget() -> Callable[[Any], Any]:
+    """Passes on what msgpack built, MAX_CONTAINERS times."""
+    left = MAX_CONTAINERS
+
+    def spend(container: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError("too many lists and maps")
+        return container
+
+    return spend
 
 
 def encode_pages_meta(slot: int, encoding: Encoding, ranges: Ranges) -> bytes:
@@ -269,7 +298,7 @@ class PagesMeta:
 def decode_pages_meta_untrusted(
     header: FrameHeader, meta: bytes | memoryview, slot_pages: tuple[int, ...]
 ) -> PagesMeta:
-    """Ranges ascending, disjoint, inside the slot, and of the length that the bulk has.
+    """Ranges ascending, disjoint, inside the slot, and no more bulk than they can fill.
 
     `slot_pages`: the size of each slot of the machine, in pages.
     """
@@ -298,6 +327,11 @@ def decode_pages_meta_untrusted(
     if header.type is FrameType.PAGES:
         if n_pages > BATCH_PAGES:
             raise PeerError(f"a PAGES frame of {n_pages} pages; {BATCH_PAGES} are the most")
-        if encoding == Encoding.RAW and header.bulk_bytes != n_pages * PAGE_SIZE:
+        whole = n_pages * PAGE_SIZE
+        if encoding == Encoding.RAW and header.bulk_bytes != whole:
             raise PeerError(f"{n_pages} raw pages in {header.bulk_bytes} bytes")
+        if encoding == Encoding.ZSTD and not 0 < header.bulk_bytes < whole:
+            raise PeerError(f"{n_pages} compressed pages in {header.bulk_bytes} bytes")
+    elif encoding != Encoding.RAW:
+        raise PeerError("zero pages that are compressed")
     return PagesMeta(slot, Encoding(encoding), ranges, n_pages)
