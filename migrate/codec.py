@@ -65,7 +65,7 @@ class PageHasher:
     """Zero flags and keyed hashes of pages. Both sides of a session use the same seed."""
 
     def __init__(self, seed: int, *, native: bool | None = None) -> None:
-        """`native`: True insists on the compiled part, False avoids it, None takes what is there."""
+        """`native`: True insists on the compiled part, False avoids it, None is as it comes."""
         if native and _pages is None:
             raise UsageError("the compiled page scanner is not available on this host")
         self._native = _pages if native is not False else None
@@ -106,13 +106,11 @@ class PageHasher:
     def region_digests(self, table: HashTable) -> npt.NDArray[np.uint64]:
         """One keyed digest for every 512 pages of a table."""
         whole = len(table) // REGION_PAGES
-        digests = (table[: whole * REGION_PAGES].reshape(-1, REGION_PAGES) * self._region_key).sum(
-            axis=1, dtype=np.uint64
-        )
+        # A product of a matrix and a vector: unlike a product and a sum, it needs no copy.
+        digests = table[: whole * REGION_PAGES].reshape(-1, REGION_PAGES) @ self._region_key
         rest = table[whole * REGION_PAGES :]
         if len(rest):
-            last = (rest * self._region_key[: len(rest)]).sum(dtype=np.uint64)
-            digests = np.append(digests, last)
+            digests = np.append(digests, rest @ self._region_key[: len(rest)])
         little_endian: npt.NDArray[np.uint64] = digests.astype("<u8")
         return little_endian
 
@@ -185,16 +183,22 @@ class Compressor:
         self._gathered = np.empty((BATCH_PAGES, PAGE_SIZE), dtype=np.uint8)
 
     def compress(self, memory: npt.NDArray[np.uint8], ranges: Ranges) -> bytes:
-        """The pages of `ranges` (at most a batch) as one zstd frame with a content checksum."""
+        """The pages of `ranges` (at most a batch) as one zstd frame with a content checksum.
+
+        A copy is compressed, never the memory itself: zstd reads its input more than once, and a
+        guest that writes in between would make a frame whose checksum fails at the other side.
+        """
+        rows = memory.reshape(-1, PAGE_SIZE)
         if len(ranges) == 1:
             first, end = int(ranges[0, 0]), int(ranges[0, 1])
-            packed: bytes = self._context.compress(memory[first * PAGE_SIZE : end * PAGE_SIZE].data)
-            return packed
-        index = indices(ranges)
-        out = self._gathered[: len(index)]
-        np.take(memory.reshape(-1, PAGE_SIZE), index, axis=0, out=out, mode="clip")
-        gathered: bytes = self._context.compress(out.reshape(-1).data)
-        return gathered
+            out = self._gathered[: end - first]
+            np.copyto(out, rows[first:end])
+        else:
+            index = indices(ranges)
+            out = self._gathered[: len(index)]
+            np.take(rows, index, axis=0, out=out, mode="clip")
+        packed: bytes = self._context.compress(out.reshape(-1).data)
+        return packed
 
 
 class Decompressor:
@@ -211,7 +215,7 @@ class Decompressor:
         try:
             if zstandard.frame_content_size(data) != expected:
                 raise PeerError("a compressed batch does not hold the pages that it claims")
-            pages = self._context.decompress(data, max_output_size=expected)
+            pages = self._context.decompress(data, max_output_size=expected, allow_extra_data=False)
         except zstandard.ZstdError as error:
             raise PeerError(f"a compressed batch is damaged ({error})") from None
         if len(pages) != expected:
