@@ -11,7 +11,6 @@ import enum
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-
 SWITCHOVER_OVERHEAD_NS: Final = 2_000_000
 """What stopping, the state and the handover cost beside the pages, until it is measured."""
 GOOD_ENOUGH_NS: Final = 1_000_000
@@ -60,7 +59,8 @@ class Policy(Protocol):
 class DowntimePolicy:
     """Pre-copy until what is left fits the downtime limit and rounds no longer help.
 
-    `deadline_ns` is on the clock of `now_ns`; None waits for as long as `max_rounds` lets it.
+    `max_rounds` counts the first one, over all of memory. `started_ns` is on the clock of
+    `now_ns`; a `timeout_ns` of None waits for as long as `max_rounds` lets it.
     """
 
     downtime_limit_ns: int
@@ -83,10 +83,10 @@ class DowntimePolicy:
             return Decision(Verdict.SWITCH_OVER, expected, "fits, and rounds no longer help")
         rate = last.pages_left / max(last.elapsed_ns, 1) * 1e9
         out_of_time = self.timeout_ns is not None and now_ns - self.started_ns >= self.timeout_ns
-        if last.number >= self.max_rounds or out_of_time:
+        if last.number + 1 >= self.max_rounds or out_of_time:
             if fits:
                 return Decision(Verdict.SWITCH_OVER, expected, "fits")
-            limit = f"{self.max_rounds} rounds" if not out_of_time else "the timeout"
+            limit = "the timeout" if out_of_time else f"{last.number + 1} rounds"
             return Decision(
                 Verdict.GIVE_UP,
                 expected,
