@@ -9,11 +9,13 @@ SO_SNDTIMEO); `abort` from any other thread ends a call that is under way.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import socket
 import stat
 import struct
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,12 @@ from migrate.errors import HostError, MigrateError, UsageError
 
 MAX_IOV: Final = 1024
 """UIO_MAXIOV of the kernel: the most buffers that one sendmsg or recvmsg takes."""
+
+FAULTS_OF_THE_CALLER: Final = frozenset({
+    errno.ECONNABORTED, errno.EPROTO, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN,
+    errno.EHOSTUNREACH, errno.ENONET, errno.ENOPROTOOPT, errno.EPERM,
+})  # fmt: skip
+"""accept(2) hands on what befell the connection that it would have taken."""
 
 
 class LinkLost(MigrateError):
@@ -74,6 +82,7 @@ class Link:
         self.peer = peer
         self.bytes_sent = 0
         self.bytes_received = 0
+        self._timeout_s: float | None = None
         sock.setblocking(True)
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -87,6 +96,7 @@ class Link:
         whole = int(seconds or 0)
         micro = int(((seconds or 0) - whole) * 1e6)
         value = struct.pack("@ll", whole, micro)
+        self._timeout_s = seconds
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
 
@@ -123,12 +133,10 @@ class Link:
                     got = self._sock.recv_into(views[0], len(views[0]), socket.MSG_WAITALL)
                 else:
                     got = self._sock.recvmsg_into(views[:MAX_IOV], 0, socket.MSG_WAITALL)[0]
-            except BlockingIOError:
-                raise LinkLost(f"{self.peer}: nothing came within the time limit") from None
             except OSError as error:
-                raise LinkLost(f"{self.peer}: the link was lost ({error})") from None
+                raise self._lost(error) from None
             if got == 0 and any(len(view) for view in views):
-                raise LinkLost(f"{self.peer}: the other side closed the connection")
+                raise self._closed()
             self.bytes_received += got
             while views and got >= len(views[0]):
                 got -= len(views.pop(0))
@@ -136,11 +144,35 @@ class Link:
                 views[0] = views[0][got:]
 
     def receive(self, n_bytes: int) -> bytearray:
-        """Exactly `n_bytes`; the caller has bounded the number."""
+        """Exactly `n_bytes`; the caller has bounded the number. The time limit holds for all of
+        them together: a peer that drips byte after byte does not stretch it.
+        """
         data = bytearray(n_bytes)
-        if n_bytes:
-            self.receive_into([data])
+        left = memoryview(data)
+        started = time.monotonic()
+        while left:
+            try:
+                got = self._sock.recv_into(left, len(left), socket.MSG_WAITALL)
+            except OSError as error:
+                raise self._lost(error) from None
+            if got == 0:
+                raise self._closed()
+            self.bytes_received += got
+            left = left[got:]
+            if left and self._timeout_s and time.monotonic() - started >= self._timeout_s:
+                raise LinkLost(
+                    f"{self.peer}: no more than {n_bytes - len(left)} of {n_bytes} bytes"
+                    " came within the time limit"
+                )
         return data
+
+    def _lost(self, error: OSError) -> LinkLost:
+        if isinstance(error, BlockingIOError):
+            return LinkLost(f"{self.peer}: nothing came within the time limit")
+        return LinkLost(f"{self.peer}: the link was lost ({error})")
+
+    def _closed(self) -> LinkLost:
+        return LinkLost(f"{self.peer}: the other side closed the connection")
 
     def abort(self) -> None:
         """Any thread: end every call under way and all later ones with LinkLost."""
@@ -167,6 +199,8 @@ def connect(address: Address, timeout_s: float = 10.0) -> Link:
                 raise
             return Link(sock, str(address))
         sock = socket.create_connection((address.host or "localhost", address.port), timeout_s)
+    except UnicodeError as error:
+        raise UsageError(f"{address}: no host can have such a name ({error})") from None
     except OSError as error:
         raise HostError(
             f"cannot connect to {address}: {error.strerror or error};"
@@ -209,6 +243,8 @@ class Listener:
                 family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
                 self.sock = socket.create_server((address.host, address.port), family=family)
                 self.address = Address("tcp", address.host, self.sock.getsockname()[1])
+        except UnicodeError as error:
+            raise UsageError(f"{address}: no host can have such a name ({error})") from None
         except OSError as error:
             raise HostError(f"cannot listen on {address}: {error.strerror or error}") from error
 
@@ -229,7 +265,10 @@ class Listener:
         return sock
 
     def accept(self) -> Link:
-        """The next connection. Blocks; to be called when `sock` is readable. Raises HostError."""
+        """The next connection. Blocks; to be called when `sock` is readable.
+
+        Raises LinkLost if that connection is gone already, HostError if there will be no more.
+        """
         if self.sock is None:
             if self._ready is None:
                 raise HostError(f"{self.address} was used up by the connection before")
@@ -238,9 +277,12 @@ class Listener:
         try:
             sock, peer = self.sock.accept()
         except OSError as error:
+            if error.errno in FAULTS_OF_THE_CALLER:
+                raise LinkLost(f"{self.address}: a connection was lost ({error})") from None
             raise HostError(f"cannot accept on {self.address}: {error.strerror}") from error
-        name = f"tcp:{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else str(self.address)
-        return Link(sock, name)
+        if isinstance(peer, tuple):
+            return Link(sock, str(Address("tcp", peer[0], peer[1])))
+        return Link(sock, str(self.address))
 
     def close(self) -> None:
         """Stop listening; a unix socket's path goes with it, if it is still ours."""
