@@ -6,16 +6,21 @@ socket → guest memory (raw pages arrive in place, without a copy) → hash. Wh
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 
 from migrate import pages, wire
 from migrate.channel import Channel, Frame
-from migrate.codec import Decompressor, PageHasher
+from migrate.codec import Decompressor, PageHasher, indices, split_ranges
 from migrate.errors import PeerError
 from migrate.units import PAGE_SIZE
 from migrate.vm.definition import BackingKind
 from migrate.vm.memory import MemorySlot
 from migrate.wire import Encoding, FrameType
+
+ZERO_STEP_PAGES: Final = 1 << 16
+"""Pages whose numbers are spelled out at a time."""
 
 
 class PageReceiver:
@@ -28,9 +33,13 @@ class PageReceiver:
         self._slot_pages = tuple(slot.n_pages for slot in slots)
         self.tables = [hasher.table(slot.n_pages) for slot in slots]
         # Pages that may hold something else than zeros. Memory of our own starts as zeros, and a
-        # page that stays zero is never touched; a file holds whatever it held before.
+        # page that stays zero is never touched; a file holds whatever it held before. (np.zeros
+        # takes no memory before it is written to: a machine's claimed size costs nothing yet.)
         self._written = [
-            np.full(slot.n_pages, slot.spec.backing is not BackingKind.ANONYMOUS) for slot in slots
+            (np.zeros if slot.spec.backing is BackingKind.ANONYMOUS else np.ones)(
+                slot.n_pages, dtype=np.bool_
+            )
+            for slot in slots
         ]
         self._decompressor = Decompressor()
         self._packed = bytearray(wire.BATCH_PAGES * PAGE_SIZE)
@@ -54,27 +63,26 @@ class PageReceiver:
                 packed = memoryview(self._packed)[: frame.bulk_bytes]
                 self._channel.link.receive_into([packed])
                 data = self._decompressor.decompress_untrusted(packed, meta.n_pages)
-                done = 0
-                for first, end in meta.ranges.tolist():
-                    size = (end - first) * PAGE_SIZE
-                    slot.array[first * PAGE_SIZE : end * PAGE_SIZE] = data[done : done + size]
-                    done += size
+                rows = slot.array.reshape(-1, PAGE_SIZE)
+                rows[indices(meta.ranges)] = data.reshape(-1, PAGE_SIZE)
                 self._arrived(slot, meta)
         except PeerError as error:
             raise self._channel.breach(error.reason) from None
 
     def _arrived(self, slot: MemorySlot, meta: wire.PagesMeta) -> None:
         self._hasher.scan(slot.array, meta.ranges, self.tables[meta.slot])
-        written = self._written[meta.slot]
-        for first, end in meta.ranges.tolist():
-            written[first:end] = True
+        self._written[meta.slot][indices(meta.ranges)] = True
 
     def _zero(self, slot: MemorySlot, meta: wire.PagesMeta) -> None:
+        """Writes only where something else may be: a page that stays zero is not touched."""
         written, table = self._written[meta.slot], self.tables[meta.slot]
-        for first, end in meta.ranges.tolist():
-            table[first:end] = 0
-            if written[first:end].any():
-                slot.array[first * PAGE_SIZE : end * PAGE_SIZE] = 0
+        rows = slot.array.reshape(-1, PAGE_SIZE)
+        for piece in split_ranges(meta.ranges, ZERO_STEP_PAGES):
+            index = indices(piece)
+            index = index[written[index]]
+            table[index] = 0
+            rows[index] = 0
+            written[index] = False
 
     def rehash(self) -> None:
         """Hash every page of the memory anew, whatever arrived: for --verify."""

@@ -20,17 +20,20 @@ import numpy.typing as npt
 from migrate import pages, wire
 from migrate.channel import Channel
 from migrate.codec import CompressionChoice, Compressor, PageHasher, select, split_ranges
+from migrate.errors import MigrationFailed
 from migrate.pages import Bitmap, Ranges
 from migrate.units import PAGE_SIZE
 from migrate.vm.definition import BackingKind
 from migrate.vm.memory import MemorySlot
-from migrate.wire import BATCH_PAGES, Encoding, FrameType
+from migrate.wire import BATCH_PAGES, Encoding, Feature, FrameType
 
 SAMPLE_EVERY: Final = 64
 """`auto` compresses one batch in so many to learn what compression would bring now."""
 MUST_WIN_BY: Final = 1.1
 """`auto` compresses only where that is quicker than raw by this factor."""
-
+PACED_BATCH_S: Final = 0.05
+"""A batch takes no longer than this at the bandwidth that was asked for: small batches where that
+is low keep the link steady and the peer from taking the pauses between them for a stall."""
 
 _Compressing: TypeAlias = tuple[
     int, npt.NDArray[np.uint8], Ranges, int, "Future[tuple[bytes, float]]"
@@ -65,13 +68,13 @@ class Chooser:
         self.link_bytes_per_s = 0.0
         self._batches = 0
 
-    def next(self) -> bool:
-        """Compress the coming batch?"""
+    def next(self, *, sampling: bool) -> bool:
+        """Compress the coming batch? `sampling`: there is time to try what it would bring."""
         self._batches += 1
-        if self.choice.mode != "auto":
+        if self.compressing or self.choice.mode != "auto":
             return self.compressing
         # The first batches only measure the link; then a sample now and then.
-        return self.compressing or self._batches % SAMPLE_EVERY == 8
+        return sampling and self._batches % SAMPLE_EVERY == 8
 
     def link_took(self, n_bytes: int, seconds: float) -> None:
         rate = n_bytes / max(seconds, 1e-6)
@@ -98,6 +101,15 @@ class PageSender:
         threads: int | None = None,
         bandwidth: int | None = None,
     ) -> None:
+        """`threads`: for zstd. `bandwidth`: bytes a second. Raises MigrationFailed if the
+        destination lacks what was asked for.
+        """
+        if Feature.ZSTD not in channel.features:
+            if choice.mode == "zstd":
+                raise MigrationFailed(
+                    "the destination does not understand zstd; send with --compression none"
+                )
+            choice = CompressionChoice("none")
         self._channel = channel
         self._hasher = hasher
         self._slots = slots
@@ -105,6 +117,10 @@ class PageSender:
         workers = threads or max(1, (os.cpu_count() or 2) - 1)
         self.chooser = Chooser(choice, workers)
         self.pacer = Pacer(bandwidth)
+        self._batch_pages = BATCH_PAGES
+        if bandwidth is not None:
+            fitting = int(bandwidth * PACED_BATCH_S) // PAGE_SIZE
+            self._batch_pages = min(max(fitting, 1), BATCH_PAGES)
         self._level = choice.level
         self._workers = workers
         self._pool: ThreadPoolExecutor | None = None
@@ -132,7 +148,7 @@ class PageSender:
         ranges = pages.to_ranges(bitmap, self._slots[slot_number].n_pages)
         zeros: list[Ranges] = []
         table = self.tables[slot_number]
-        for batch in split_ranges(ranges, BATCH_PAGES):
+        for batch in split_ranges(ranges, self._batch_pages if paced else BATCH_PAGES):
             flags = self._hasher.scan(memory, batch, table)
             n_pages = len(flags)
             if flags.any():
@@ -183,14 +199,14 @@ class PageSender:
         n_pages: int,
         paced: bool,
     ) -> None:
-        if self.chooser.next():
+        if self.chooser.next(sampling=paced):
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="zstd")
             future = self._pool.submit(self._compress, memory, batch)
             self._queue.append((slot_number, memory, batch, n_pages, future))
             self._drain(2 * self._workers, paced)
             return
-        self._drain(0, paced)
+        self._drain(2 * self._workers, paced)
         bulk = _views(memory, batch)
         self._to_link(slot_number, Encoding.RAW, batch, n_pages, bulk, n_pages * PAGE_SIZE, paced)
 
@@ -203,8 +219,11 @@ class PageSender:
         return packed, time.perf_counter() - started
 
     def _drain(self, keep: int, paced: bool) -> None:
-        """Send compressed batches in their order until `keep` are still being worked on."""
-        while len(self._queue) > keep:
+        """Send what has been compressed by now; wait until no more than `keep` are worked on.
+
+        Batches may overtake each other: within one `send` no page is in two of them.
+        """
+        while self._queue and (len(self._queue) > keep or self._queue[0][-1].done()):
             slot_number, memory, batch, n_pages, future = self._queue.popleft()
             packed, seconds = future.result()
             raw_bytes = n_pages * PAGE_SIZE
