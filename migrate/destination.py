@@ -20,7 +20,7 @@ import trio
 from migrate.channel import Channel
 from migrate.codec import REGION_PAGES, PageHasher
 from migrate.concurrency import run_cancellable
-from migrate.errors import MigrateError, MigrationFailed, PeerError, StateFormatError
+from migrate.errors import HostError, MigrateError, MigrationFailed, PeerError, StateFormatError
 from migrate.events import Event, Log, PhaseEntered
 from migrate.machine import Machine
 from migrate.receiver import PageReceiver
@@ -33,7 +33,7 @@ NEGOTIATION_TIMEOUT_S = 10.0
 """For a peer to say who it is and what it brings, all together."""
 STALL_TIMEOUT_S = 30.0
 MAX_NEGOTIATING = 8
-"""Connections that may be negotiating at once; further ones wait in the backlog."""
+"""Connections that may be negotiating at once; further ones wait in the kernel's backlog."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,48 +94,63 @@ async def _first_offer(listener: Listener, options: ReceiveOptions, emit: Emit) 
     """Take connections until one of them brings a machine that can be built here."""
     offers: list[_Offer] = []
     building = trio.Lock()
-    limit = trio.CapacityLimiter(MAX_NEGOTIATING)
+    vacancies = trio.Semaphore(MAX_NEGOTIATING)
 
     async def consider(link: Link, scope: trio.CancelScope) -> None:
-        async with limit:
-            try:
-                with trio.fail_after(NEGOTIATION_TIMEOUT_S):
-                    channel, fields = await run_cancellable(lambda: _introduce(link), link.abort)
-                async with building:
-                    if offers:
-                        raise MigrationFailed("another source came first")
-                    make = options.make_machine
-                    offer = await trio.to_thread.run_sync(_prepare, channel, fields, make)
-                    offers.append(offer)
-                    scope.cancel()
-                    return
-            except trio.TooSlowError:
-                reason: object = f"it said nothing for {NEGOTIATION_TIMEOUT_S:.0f} s"
-            except (MigrateError, OSError) as error:
-                reason = error
-            except BaseException:
-                link.close()
-                raise
-            emit(Log(f"a connection from {link.peer} was turned away: {reason}"))
+        try:
+            with trio.fail_after(NEGOTIATION_TIMEOUT_S):
+                channel, fields = await run_cancellable(lambda: _introduce(link), link.abort)
+            async with building:
+                if offers:
+                    raise MigrationFailed("another source came first")
+                make = options.make_machine
+                offer = await trio.to_thread.run_sync(_prepare, channel, fields, make)
+                offers.append(offer)
+                scope.cancel()
+                return
+        except trio.TooSlowError:
+            reason: object = f"it did not introduce itself within {NEGOTIATION_TIMEOUT_S:.0f} s"
+        except MigrateError as error:
+            reason = error
+        except BaseException:
             link.close()
-            if listener.sock is None:
-                raise MigrationFailed(f"the connection {listener.address} was no use: {reason}")
+            raise
+        finally:
+            vacancies.release()
+        emit(Log(f"a connection from {link.peer} was turned away: {reason}"))
+        link.close()
+        if listener.sock is None:
+            raise MigrationFailed(f"the connection {listener.address} was no use: {reason}")
 
     try:
         async with trio.open_nursery() as nursery:
-            if listener.sock is None:
-                nursery.start_soon(consider, listener.accept(), nursery.cancel_scope)
-                await trio.sleep_forever()
-            while listener.sock is not None:
-                await trio.lowlevel.wait_readable(listener.sock)
-                nursery.start_soon(consider, listener.accept(), nursery.cancel_scope)
-    except* MigrateError as group:
-        raise _only(group) from None
+            while True:
+                # Before accepting: whoever connects and says nothing takes up no descriptors here.
+                await vacancies.acquire()
+                if listener.sock is not None:
+                    await trio.lowlevel.wait_readable(listener.sock)
+                try:
+                    link = listener.accept()
+                except LinkLost:
+                    vacancies.release()
+                    continue
+                nursery.start_soon(consider, link, nursery.cancel_scope)
+                if listener.sock is None:
+                    await trio.sleep_forever()
+    except BaseException as error:
+        for offer in offers:
+            offer.machine.close()
+            offer.channel.link.close()
+        if isinstance(error, BaseExceptionGroup):
+            ours, others = error.split(MigrateError)
+            if ours is not None and others is None:
+                raise _first(ours) from None
+        raise
     return offers[0]
 
 
-def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    error: BaseException = group
+def _first(group: BaseExceptionGroup[MigrateError]) -> MigrateError:
+    error: BaseExceptionGroup[MigrateError] | MigrateError = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
@@ -166,7 +181,13 @@ def _prepare(
             )
         if not 0 <= fields["hash_seed"] < 1 << 64:
             raise channel.breach("the hash seed is out of range")
-        machine = make(definition_from_untrusted(fields["machine"]))
+        definition = definition_from_untrusted(fields["machine"])
+        try:
+            machine = make(definition)
+        except MigrateError:
+            raise
+        except Exception as error:  # a definition that nobody thought of
+            raise HostError(f"the machine cannot be built here: {error!r}") from error
         try:
             channel.link.set_timeout(STALL_TIMEOUT_S)
             channel.send_map(FrameType.CONFIGURED)
@@ -216,7 +237,10 @@ class _Reception:
                 f" (phase {channel.phase.value!r})"
             ) from error
         except MigrateError as error:
-            _tell_peer(channel, error)
+            # In these phases an ERROR promises that nothing was started here, nor will be. Once
+            # the guest may have run, silence leaves the decision to people.
+            if not self.took_over:
+                _tell_peer(channel, error)
             raise
 
     def _rounds(self, receiver: PageReceiver) -> None:
@@ -249,6 +273,10 @@ class _Reception:
             machine.load_untrusted(fields["state"])
         except StateFormatError as error:
             raise StateFormatError(f"machine {machine.name!r}: {error}") from error
+        except MigrateError:
+            raise
+        except Exception as error:  # a state that nobody thought of
+            raise StateFormatError(f"machine {machine.name!r}: {error!r}") from error
         channel.send_map(FrameType.LOADED, verified=self._verify)
         return bool(fields["running"])
 

@@ -14,13 +14,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 import secrets
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import trio
 
-from migrate.channel import Channel
+from migrate.channel import Channel, PeerGaveUp
 from migrate.codec import CompressionChoice, PageHasher
 from migrate.concurrency import run_cancellable
 from migrate.dirtylog import Cursor, Lease
@@ -112,15 +113,18 @@ class _Migration:
         self._history: list[RoundStats] = []
         self._decision: Decision | None = None
         self._handover_sent = False
+        self._no_return = threading.Lock()
+        """Held where a cancellation and the handover decide which of them came first."""
         self._was_running = False
 
     # -- what other threads may call
 
     def abort(self) -> None:
         """Any thread: fail as soon as may be, unless the handover is under way."""
-        self._aborted = True
-        if self._link is not None and not self._handover_sent:
-            self._link.abort()
+        with self._no_return:
+            self._aborted = True
+            if self._link is not None and not self._handover_sent:
+                self._link.abort()
 
     def emit_progress(self) -> None:
         """Any thread."""
@@ -337,24 +341,29 @@ class _Migration:
         self._account(marks, started_ns, loaded["verified"])
 
     def _hand_over(self, channel: Channel) -> int:
-        """The point of no return. Returns how long the destination took to start, in ns."""
-        if self._aborted:
-            raise MigrationFailed("the migration was cancelled")
+        """The point of no return. Returns how long the destination took to start, in ns.
+
+        Whatever goes wrong in here, the guest does not run on here by itself, with two exceptions:
+        not a byte of HANDOVER went out, or the destination's ERROR says that it starts nothing.
+        """
+        with self._no_return:
+            if self._aborted:
+                raise MigrationFailed("the migration was cancelled")
+            self._handover_sent = True
         before = channel.link.bytes_sent
-        self._handover_sent = True
         try:
             channel.send_map(FrameType.HANDOVER)
             running = channel.expect_untrusted(FrameType.RUNNING, start_ns=int)
-        except LinkLost as error:
-            if channel.link.bytes_sent == before:
-                self._handover_sent = False  # not a byte of it went out: the guest is ours
+            self._machine.let_go()
+        except Exception as error:
+            if isinstance(error, PeerGaveUp) or channel.link.bytes_sent == before:
+                self._handover_sent = False
                 raise
             raise HandoverUncertain(
-                f"the link broke while machine {self._machine.name!r} was handed over ({error}). It"
-                " is paused here. Look at the destination: if the guest runs there, `migrate stop`"
-                " it here; if not, `migrate resume` it here"
+                f"the handover of machine {self._machine.name!r} was not confirmed ({error}). It is"
+                " paused here. Look at the destination: if the guest runs there, `migrate stop` it"
+                " here; if not, `migrate resume` it here"
             ) from error
-        self._machine.let_go()
         return max(0, int(running["start_ns"]))
 
     def _account(self, marks: list[int], start_ns: int, verified: bool) -> None:
