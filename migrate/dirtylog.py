@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from types import TracebackType
 from typing import Self
 
@@ -96,7 +97,6 @@ class DirtyLog:
         self.raw = backend
         self.slot_name = slot_name
         self.n_pages = backend.n_pages
-        # Re-entrant: a lease that is thrown away restores itself wherever that happens.
         self._lock = threading.RLock()
         self._cursors: list[Cursor] = []
         self._scratch = pages.empty(self.n_pages)
@@ -176,6 +176,8 @@ class Cursor:
         self.n_pages = log.n_pages
         self.closed = False
         self._pending = pages.empty(log.n_pages)
+        self._orphans: deque[Bitmap] = deque()
+        """Pages of leases that were dropped; no lock needed to add some."""
 
     def harvest(self) -> Lease:
         """Atomic get-and-reset: the pages written since this cursor's last harvest, those that it
@@ -187,6 +189,7 @@ class Cursor:
         with log._lock:
             self._check_open()
             log._share_out()
+            self._adopt()
             self.epoch += 1
             lease = Lease(self, self.epoch, self._pending)
             self._pending = pages.empty(self.n_pages)
@@ -209,6 +212,7 @@ class Cursor:
                 )
             if first_page == end:
                 return pages.empty(0)
+            self._adopt()
             bitmap = log.raw.peek(first_page, end)
             bitmap |= pages.extract(self._pending, first_page, end)
             return bitmap
@@ -256,6 +260,10 @@ class Cursor:
         copy = bitmap.copy()
         pages.clear_past(copy, self.n_pages)
         return copy
+
+    def _adopt(self) -> None:
+        while self._orphans:
+            self._pending |= self._orphans.popleft()
 
     def _add(self, bitmap: Bitmap) -> None:
         self._pending |= bitmap
@@ -337,5 +345,6 @@ class Lease:
                 self.restore()
 
     def __del__(self) -> None:
-        if getattr(self, "_returned", self) is None and self._state == "open":
-            self.restore()
+        # Wherever the collector may call this, other locks than ours may be held: take none.
+        if self._state == "open" and hasattr(self, "_bitmap"):
+            self._cursor._orphans.append(self._bitmap)

@@ -362,7 +362,7 @@ def test_any_order_of_everything(case: tuple[str, str], tmp_path: Path) -> None:
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=60,
+            max_examples=40,
             stateful_step_count=30,
             deadline=None,
             database=None,
