@@ -85,6 +85,7 @@ class Daemon:
                     if not paused and machine.state is State.PAUSED and self.phase == "starting":
                         await machine.resume()
                     self.phase = ""
+                    self._migration = {}
                     ready(self)
                     outcome = (await machine.ended()).value
                     self.guest_exit_code = machine.board.exit_code

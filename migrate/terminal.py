@@ -22,7 +22,7 @@ from migrate.vm.console import Console
 
 ESCAPE: Final = b"\x1d"
 """Ctrl-], which leaves a console."""
-POLL_S: Final = 0.005
+POLL_S: Final = 0.002
 """How often a reader looks for output. A guest writes byte by byte: to be woken for each would
 take the GIL from its vcpus far more often."""
 RETRY_S: Final = 0.02
