@@ -58,19 +58,6 @@ typedef struct {
 #define SWAP2_START offsetof(Env, debugger)
 #define SWAP2_SIZE (offsetof(Env, timer) - SWAP2_START)
 
-#define FIELD(name) {#name, offsetof(Env, name)}
-static const struct {
-    const char *name;
-    size_t offset;
-} FIELDS[] = {
-    FIELD(pc), FIELD(load_res), FIELD(load_val), FIELD(frm), FIELD(badaddr), FIELD(priv),
-    FIELD(priv_ver), FIELD(misa), FIELD(mhartid), FIELD(mstatus), FIELD(mip), FIELD(mie),
-    FIELD(mideleg), FIELD(satp), {"stval", offsetof(Env, sbadaddr)},
-    {"mtval", offsetof(Env, mbadaddr)}, FIELD(medeleg), FIELD(stvec), FIELD(sepc), FIELD(scause),
-    FIELD(mtvec), FIELD(mepc), FIELD(mcause), FIELD(scounteren), FIELD(mcounteren),
-    FIELD(sscratch), FIELD(mscratch),
-};
-
 enum { PRV_U = 0, PRV_S = 1, PRV_M = 3 };
 enum {
     CAUSE_FETCH_ACCESS = 1,
@@ -88,7 +75,7 @@ enum {
 #define MSTATUS_MEMORY (MSTATUS_MPP | MSTATUS_MPRV | 1ull << 18 | 1ull << 19) /* and SUM, MXR */
 
 enum { CSR_MIP = 0x344, CSR_CYCLE = 0xC00, CSR_TIME = 0xC01, CSR_INSTRET = 0xC02 };
-enum { CSR_MCYCLE = 0xB00, CSR_MINSTRET = 0xB02, CSR_PMPCFG0 = 0x3A0, CSR_PMPADDR0 = 0x3B0 };
+enum { CSR_MHARTID = 0xF14, CSR_MCYCLE = 0xB00, CSR_MINSTRET = 0xB02, CSR_PMPCFG0 = 0x3A0, CSR_PMPADDR0 = 0x3B0 };
 
 /* ---- the engine's functions ---------------------------------------------------------------- */
 
@@ -384,34 +371,6 @@ static void gil_drop(Engine *self)
         atomic_store(&self->limit, 0); /* Python took its time: look at the clock */
 }
 
-static void on_interrupt(void *uc, uint32_t cause, void *user)
-{
-    Engine *self = user;
-    Env *env = self->env;
-    uint64_t tval = 0;
-    (void)uc;
-    if (cause == CAUSE_ECALL_U) {
-        if (env->priv == PRV_S && self->ecall) {
-            /* pc is past the ecall already, as the handler's caller expects */
-            gil_take(self);
-            PyObject *result = PyObject_CallFunction(self->ecall, "i", self->current);
-            if (result)
-                Py_DECREF(result);
-            else
-                take_python_error(self);
-            gil_drop(self);
-            return;
-        }
-        cause += (uint32_t)env->priv;
-    }
-    switch (cause) {
-    case 0: case 1: case 4: case 5: case 6: case 7: case 12: case 13: case 15:
-        tval = env->badaddr;
-    }
-    env->pc -= 4;
-    deliver(self, cause, tval);
-}
-
 static bool on_invalid(void *uc, void *user)
 {
     Engine *self = user;
@@ -466,6 +425,17 @@ static uint32_t fetch(const Engine *self, uint64_t address)
     return half;
 }
 
+/* The engine does an AMO's load first and calls its faults load faults; they are a store's. */
+static uint32_t atomic_cause(const Engine *self, uint32_t cause)
+{
+    if (cause != 4 && cause != 5 && cause != 13)
+        return cause;
+    uint64_t pc = self->env->pc;
+    if ((fetch(self, pc) & 0x7f) == 0x2f && fetch(self, pc + 2) >> 11 != 2)
+        cause += 2;
+    return cause;
+}
+
 /* The address that the load at pc reads (its registers are still those before it). */
 static uint64_t load_address(const Engine *self)
 {
@@ -504,16 +474,44 @@ static bool access_fault(Engine *self, int error)
         deliver(self, CAUSE_FETCH_ACCESS, self->env->pc);
         return true;
     case UC_ERR_READ_UNMAPPED:
-        deliver(self, CAUSE_LOAD_ACCESS, load_address(self));
+        deliver(self, atomic_cause(self, CAUSE_LOAD_ACCESS), load_address(self));
         return true;
     default:
         return false;
     }
 }
 
+static void on_interrupt(void *uc, uint32_t cause, void *user)
+{
+    Engine *self = user;
+    Env *env = self->env;
+    uint64_t tval = 0;
+    (void)uc;
+    if (cause == CAUSE_ECALL_U) {
+        if (env->priv == PRV_S && self->ecall) {
+            /* pc is past the ecall already, as the handler's caller expects */
+            gil_take(self);
+            PyObject *result = PyObject_CallFunction(self->ecall, "i", self->current);
+            if (result)
+                Py_DECREF(result);
+            else
+                take_python_error(self);
+            gil_drop(self);
+            return;
+        }
+        cause += (uint32_t)env->priv;
+    }
+    env->pc -= 4;
+    cause = atomic_cause(self, cause);
+    switch (cause) {
+    case 0: case 1: case 4: case 5: case 6: case 7: case 12: case 13: case 15:
+        tval = env->badaddr;
+    }
+    deliver(self, cause, tval);
+}
+
 /* ---- CSRs that the engine lacks, or answers from the host's cycle counter --------------------- */
 
-static csr_read_fn engine_counter_read;
 static csr_write_fn engine_pmpcfg_write, engine_pmpaddr_write;
 
 static bool counter_allowed(const Env *env, int csr)
@@ -543,7 +541,7 @@ static int csr_read_counter(Env *env, int csr, uint64_t *value)
 {
     Engine *self = engine_of(env);
     if (!self)
-        return engine_counter_read(env, csr, value);
+        return -1; /* an engine without the compiled part emulates them itself */
     if ((csr & 0xF00) == 0xC00 && !counter_allowed(env, csr))
         return -1;
     /* By guest time, so that the counters go on after a migration without a state of their own */
@@ -572,10 +570,11 @@ static int csr_write_pmp(Env *env, int csr, uint64_t value)
 static void install_csrs(void)
 {
     static const int counters[] = {CSR_CYCLE, CSR_INSTRET, CSR_MCYCLE, CSR_MINSTRET};
-    CsrOps ops;
+    CsrOps ops, any;
+    uc_api.riscv_get_csr_ops(CSR_MHARTID, &any);
     for (size_t i = 0; i < sizeof counters / sizeof counters[0]; i++) {
         uc_api.riscv_get_csr_ops(counters[i], &ops);
-        engine_counter_read = ops.read;
+        ops.predicate = any.predicate;
         ops.read = csr_read_counter;
         uc_api.riscv_set_csr_ops(counters[i], &ops);
     }
@@ -1363,43 +1362,25 @@ static struct PyModuleDef module_definition = {
 
 PyMODINIT_FUNC PyInit__engine(void)
 {
-    PyObject *module = NULL, *fields = NULL, *symbols = NULL;
+    PyObject *module = NULL, *symbols = NULL;
     if (PyType_Ready(&EngineType) < 0 || !(module = PyModule_Create(&module_definition)))
         return NULL;
-    fields = PyDict_New();
     symbols = PyList_New(0);
-    if (!fields || !symbols)
+    if (!symbols)
         goto fail;
-    for (int i = 0; i < 64; i++) {
-        char name[8];
-        snprintf(name, sizeof name, "%c%d", i < 32 ? 'x' : 'f', i & 31);
-        PyObject *offset = PyLong_FromLong(8 * i);
-        if (!offset || PyDict_SetItemString(fields, name, offset))
-            goto fail;
-        Py_DECREF(offset);
-    }
-    for (size_t i = 0; i < sizeof FIELDS / sizeof FIELDS[0]; i++) {
-        PyObject *offset = PyLong_FromSize_t(FIELDS[i].offset);
-        if (!offset || PyDict_SetItemString(fields, FIELDS[i].name, offset))
-            goto fail;
-        Py_DECREF(offset);
-    }
     for (size_t i = 0; i < N_SYMBOLS; i++) {
         PyObject *name = PyUnicode_FromString(SYMBOLS[i].name);
         if (!name || PyList_Append(symbols, name))
             goto fail;
         Py_DECREF(name);
     }
-    if (PyModule_AddObjectRef(module, "FIELDS", fields) ||
-        PyModule_AddObjectRef(module, "SYMBOLS", symbols) ||
+    if (PyModule_AddObjectRef(module, "SYMBOLS", symbols) ||
         PyModule_AddIntConstant(module, "CONTEXT_SIZE", (long)SWAP1_SIZE) ||
         PyModule_AddObjectRef(module, "Engine", (PyObject *)&EngineType))
         goto fail;
-    Py_DECREF(fields);
     Py_DECREF(symbols);
     return module;
 fail:
-    Py_XDECREF(fields);
     Py_XDECREF(symbols);
     Py_XDECREF(module);
     return NULL;

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-FIELDS: dict[str, int]
 SYMBOLS: list[str]
 CONTEXT_SIZE: int
 

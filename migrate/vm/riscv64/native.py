@@ -8,14 +8,15 @@ whether it may be used are in selftest.py.
 from __future__ import annotations
 
 import ctypes
-import importlib
 import struct
-from typing import Any, Final
+from typing import Final
 
 from migrate.errors import HostError
 from migrate.vm.clock import TimeSource
 from migrate.vm.core import Caps, EcallHandler, Mmio, Reason
-from migrate.vm.riscv64.engine import PAGE, Ended, Engine, describe_error, open_unicorn, unicorn
+from migrate.vm.riscv64 import layout
+from migrate.vm.riscv64.engine import Ended, Engine, describe_error, open_unicorn, unicorn
+from migrate.vm.riscv64.ram import RamOffsets, library
 
 try:
     from migrate.vm.riscv64 import _engine
@@ -32,19 +33,12 @@ _ENDS: Final = {
     5: Reason.WFI,
     6: Reason.ERROR,
 }
-_BLOCK_ALIGN: Final = 64 * PAGE
-_RAM_ADDR_MAX: Final = (1 << 64) - 1
 
 _bound = False
 
 
 class NativeUnavailable(Exception):
     """The compiled part is missing, or does not fit the installed engine. Says why."""
-
-
-def library() -> Any:
-    """The libunicorn that the binding loaded."""
-    return importlib.import_module("unicorn.unicorn_py3.unicorn").uclib
 
 
 def bind() -> None:
@@ -71,46 +65,15 @@ def bind() -> None:
     _bound = True
 
 
+def bound() -> bool:
+    """Has the compiled part taken over in this process?"""
+    return _bound
+
+
 def set_code_repair(on: bool) -> None:
     """The repair of stale translated code, process-wide. Off only in tests."""
     assert _engine is not None
     _engine.set_code_repair(on)
-
-
-class RamOffsets:
-    """Where the engine puts mapped memory in its own numbering, which `written` needs.
-
-    Follows find_ram_offset() of the engine's exec.c: the smallest gap that fits, after an existing
-    block, aligned to 64 pages.
-    """
-
-    def __init__(self) -> None:
-        self.blocks: dict[int, tuple[int, int]] = {}  # gpa -> size, offset
-
-    def map(self, gpa: int, size: int) -> None:
-        if not self.blocks:
-            self.blocks[gpa] = (size, 0)
-            return
-        best, best_gap = 0, _RAM_ADDR_MAX
-        for block_size, offset in self.blocks.values():
-            candidate = -(-(offset + block_size) // _BLOCK_ALIGN) * _BLOCK_ALIGN
-            following = [o for _, o in self.blocks.values() if o >= candidate]
-            gap = min(following, default=_RAM_ADDR_MAX) - candidate
-            if size <= gap < best_gap:
-                best, best_gap = candidate, gap
-        self.blocks[gpa] = (size, best)
-
-    def unmap(self, gpa: int) -> None:
-        self.blocks.pop(gpa, None)
-
-    def ranges(self, gpa: int, size: int) -> list[tuple[int, int]]:
-        """The engine's [start, end) of the mapped parts of [gpa, gpa + size)."""
-        found = []
-        for base, (length, offset) in self.blocks.items():
-            start, end = max(gpa, base), min(gpa + size, base + length)
-            if start < end:
-                found.append((start - base + offset, end - base + offset))
-        return found
 
 
 class NativeEngine(Engine):
@@ -121,7 +84,7 @@ class NativeEngine(Engine):
         assert _engine is not None
         self.uc = open_unicorn()
         self.n_harts = n_harts
-        self._fields: dict[str, int] = _engine.FIELDS
+        self._fields = layout.OFFSETS
         self._ram = RamOffsets()
         self.exact_ranges = True
         try:
