@@ -37,27 +37,34 @@ class Qemu:
         image, ram, console = (directory / name for name in ("guest.bin", "ram", "console"))
         image.write_bytes(guest.build_image(parameters))
         size = RAM_BYTES
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(str(console))
-            listener.listen()
-            listener.settimeout(20)
-            self.process = subprocess.Popen(
-                [
-                    QEMU, "-M", "virt,memory-backend=ram", "-m", f"{size // MIB}M",
-                    "-object", f"memory-backend-file,id=ram,size={size},mem-path={ram},share=on",
-                    "-display", "none", "-monitor", "none", "-bios", str(image),
-                    "-serial", f"unix:{console}",
-                ]
-            )  # fmt: skip
-            self.console = listener.accept()[0]
-        self.console.settimeout(20)
-        while not (ram.exists() and ram.stat().st_size == size):  # may come after the console
-            assert self.process.poll() is None, "QEMU ended"
-            time.sleep(0.01)
-        with ram.open("r+b") as file:
-            self.memory = mmap.mmap(file.fileno(), size)
         self.parser = guest.Console()
         self.reports: list[guest.Report] = []
+        self.console = socket.socket(socket.AF_UNIX)
+        self.console.settimeout(20)
+        self.console.bind(str(console))
+        self.console.listen()
+        # Ends with the test run, however that ends: a guest that spins takes a core.
+        tied = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
+        self.process = subprocess.Popen(
+            [
+                *tied, QEMU, "-M", "virt,memory-backend=ram", "-m", f"{size // MIB}M",
+                "-object", f"memory-backend-file,id=ram,size={size},mem-path={ram},share=on",
+                "-display", "none", "-monitor", "none", "-bios", str(image),
+                "-serial", f"unix:{console}",
+            ]
+        )  # fmt: skip
+        try:
+            with self.console as listener:
+                self.console = listener.accept()[0]
+            self.console.settimeout(20)
+            while not (ram.exists() and ram.stat().st_size == size):  # may come after the console
+                assert self.process.poll() is None, "QEMU ended"
+                time.sleep(0.01)
+            with ram.open("r+b") as file:
+                self.memory = mmap.mmap(file.fileno(), size)
+        except BaseException:
+            self.kill()
+            raise
 
     def read(self) -> bool:
         try:
@@ -87,10 +94,13 @@ class Qemu:
     def send(self, request: guest.Request) -> None:
         self.console.sendall(request.value)
 
-    def close(self) -> None:
+    def kill(self) -> None:
         self.process.kill()
         self.process.wait()
         self.console.close()
+
+    def close(self) -> None:
+        self.kill()
         self.memory.close()
 
 
