@@ -6,9 +6,16 @@ import functools
 import os
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from migrate.errors import HostError
 from migrate.linux import pagemap, uffd
+
+# No test fails because the machine is busy: what bounds their time is pytest's timeout.
+settings.register_profile(
+    "migrate", max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("migrate")
 
 
 @functools.cache
