@@ -780,9 +780,9 @@ static PyObject *engine_select(Engine *self, PyObject *args)
     if (hart == self->current)
         Py_RETURN_NONE;
     Env *env = self->env, *out = &self->image[self->current], *in = &self->image[hart];
+    env->load_res = UINT64_MAX; /* other harts may store before it comes back */
     copy_env(out, env);
     copy_env(env, in);
-    env->load_res = UINT64_MAX;
     self->current = hart;
     self->n_switches++;
     if (self->owed[hart] || in->satp != out->satp ||

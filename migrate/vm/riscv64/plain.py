@@ -75,7 +75,7 @@ class PlainEngine(Engine):
         self._stop = False
         self._turn = False
         self._flush_code = False
-        self._irq_edits: list[tuple[int, int]] = []
+        self._irq_raised = 0
         self._error: BaseException | None = None
         self._callbacks: list[object] = []
         self._traps = 0
@@ -110,7 +110,9 @@ class PlainEngine(Engine):
         start = raw.find(struct.pack("<31Q", *pattern[1:])) - 8
         if start < 0 or start + layout.CONTEXT_SIZE > size:
             raise HostError("the emulator engine's context is not laid out as known")
-        self._env = (ctypes.c_ubyte * layout.CONTEXT_SIZE).from_address(base + start)
+        raw_env = (ctypes.c_ubyte * layout.CONTEXT_SIZE).from_address(base + start)
+        self._env = memoryview(raw_env).cast("B")
+        self._words = self._env.cast("Q")
         for i in range(1, 32):
             self.uc.reg_write(const.UC_RISCV_REG_X0 + i, 0)
         self._check_layout()
@@ -127,12 +129,12 @@ class PlainEngine(Engine):
 
     def _load(self, offset: int) -> int:
         self.uc.context_update(self._context)
-        return int.from_bytes(bytes(self._env[offset : offset + 8]), "little")
+        return int(self._words[offset // 8])
 
     def _store(self, values: dict[int, int]) -> None:
         self.uc.context_update(self._context)
         for offset, value in values.items():
-            self._env[offset : offset + 8] = list(value.to_bytes(8, "little"))
+            self._words[offset // 8] = value
         self.uc.context_restore(self._context)
 
     def _edit_image(self, hart: int, offset: int, value: int) -> None:
@@ -151,10 +153,7 @@ class PlainEngine(Engine):
         if hart != self._current:
             return int.from_bytes(self._images[hart][offset : offset + 8], "little")
         value = self._load(offset)
-        if name == "mip":
-            for mask, bits in self._irq_edits:
-                value = value & ~mask | bits & mask
-        return value
+        return value | self._irq_raised if name == "mip" else value
 
     def set(self, hart: int, name: str, value: int) -> None:
         if name == "x0":
@@ -176,7 +175,7 @@ class PlainEngine(Engine):
         offset = layout.OFFSETS
         self._store({offset["priv"]: PRV_M, offset["mstatus"]: 3 << 13})
         result = action()
-        self._env[:] = list(kept)
+        self._env[:] = kept
         self.uc.context_restore(self._context)
         return result
 
@@ -233,13 +232,13 @@ class PlainEngine(Engine):
         if hart == self._current:
             return
         self._fflags[self._current] = self._read_fflags()
+        self._store({layout.OFFSETS["load_res"]: _NONE})  # other harts may store meanwhile
         self.uc.context_update(self._context)
         out = self._images[self._current] = bytes(self._env)
         into = self._images[hart]
-        self._env[:] = list(into)
+        self._env[:] = into
         self.uc.context_restore(self._context)
         self._current = hart
-        self._store({layout.OFFSETS["load_res"]: _NONE})
         self._write_fflags(self._fflags[hart])
         satp, mstatus = layout.OFFSETS["satp"], layout.OFFSETS["mstatus"]
 
@@ -271,14 +270,17 @@ class PlainEngine(Engine):
             mip = self.get(hart, "mip")
             self._edit_image(hart, layout.OFFSETS["mip"], mip & ~mask | value & mask)
         elif self._running:
-            self._irq_edits.append((mask, value))
+            # Lowered at once, lest a handler be entered again; raised when the slice ends, as the
+            # engine would notice it sooner or later by how its blocks happen to be chained.
+            cleared = mask & ~value
+            self._irq_raised = self._irq_raised & ~cleared | mask & value
+            if cleared:
+                offset = layout.OFFSETS["mip"]
+                self._store({offset: self._load(offset) & ~cleared})
         else:
-            self._apply_irq(mask, value)
-
-    def _apply_irq(self, mask: int, value: int) -> None:
-        offset = layout.OFFSETS["mip"]
-        self._store({offset: self._load(offset) & ~mask | value & mask})
-        self._rearm()
+            offset = layout.OFFSETS["mip"]
+            self._store({offset: self._load(offset) & ~mask | value & mask})
+            self._rearm()
 
     def loaded(self, hart: int) -> None:
         self.owe_tlb_flush(hart)
@@ -336,9 +338,9 @@ class PlainEngine(Engine):
         self._turn = True
 
     def _settle(self) -> None:
-        edits, self._irq_edits = self._irq_edits, []
-        for mask, value in edits:
-            self._apply_irq(mask, value)
+        raised, self._irq_raised = self._irq_raised, 0
+        if raised:
+            self.set_irq(self._current, raised, raised)
         if self._flush_code:
             self._flush_code = False
             self.uc.ctl_flush_tb()
