@@ -136,25 +136,19 @@ class Machine:
         with self._changed:
             self._refuse_ended("start")
             self._run = True
-            self._changed.notify_all()
+            self._tell()
 
     async def resume(self) -> None:
         """As `start`, and wait until the vcpus run. Does nothing when they do."""
         self.start()
-        await self._until(lambda: self._state is not State.PAUSED)
-        if self._state is State.FAILED:
-            self.raise_failure()
+        await self._until(self._start_settled)
+        self._check_started()
 
     def resume_now(self) -> None:
         """As `resume`, for a thread that is not trio's: blocks until the vcpus run."""
         self.start()
-        with self._changed:
-            if not self._changed.wait_for(
-                lambda: self._state is not State.PAUSED, timeout=STOP_TIMEOUT_S
-            ):
-                raise self._hangs()
-        if self._state is State.FAILED:
-            self.raise_failure()
+        self._wait(self._start_settled)
+        self._check_started()
 
     async def pause(self) -> None:
         """Stop the vcpus at an instruction boundary; when this returns they stand still.
@@ -162,26 +156,42 @@ class Machine:
         Does nothing when they do. A guest that ends meanwhile is a MachineStateError.
         """
         self._begin_pause()
-        await self._until(lambda: self._state is not State.RUNNING)
-        with self._changed:
-            self._refuse_ended("pause")
+        await self._until(self._pause_settled)
+        self._check_paused()
 
     def pause_now(self) -> None:
         """As `pause`, for a thread that is not trio's: blocks until the vcpus stand still."""
         self._begin_pause()
-        with self._changed:
-            if not self._changed.wait_for(
-                lambda: self._state is not State.RUNNING, timeout=STOP_TIMEOUT_S
-            ):
-                raise self._hangs()
-            self._refuse_ended("pause")
+        self._wait(self._pause_settled)
+        self._check_paused()
 
     def _begin_pause(self) -> None:
         with self._changed:
             self._refuse_ended("pause")
             self._run = False
+            self._tell()
             if self._state is State.RUNNING:
                 self.board.stop()
+
+    # A pause and a resume that cross: whoever came first is told that it was taken back.
+
+    def _pause_settled(self) -> bool:
+        return self._state is not State.RUNNING or self._run
+
+    def _check_paused(self) -> None:
+        with self._changed:
+            self._refuse_ended("pause")
+            if self._state is State.RUNNING:
+                raise MachineStateError(f"machine {self.name!r} was resumed while it was paused")
+
+    def _start_settled(self) -> bool:
+        return self._state is not State.PAUSED or not self._run
+
+    def _check_started(self) -> None:
+        if self._state is State.FAILED:
+            self.raise_failure()
+        if self._state is State.PAUSED:
+            raise MachineStateError(f"machine {self.name!r} was paused while it was resumed")
 
     async def ended(self) -> State:
         """Wait until the guest has shut down, failed, or runs elsewhere."""
@@ -338,6 +348,10 @@ class Machine:
 
     def _set_state(self, state: State) -> None:
         self._state = state
+        self._tell()
+
+    def _tell(self) -> None:
+        """Whoever waits looks again."""
         self._changed.notify_all()
         for token, event in self._watchers:
             # The watcher's loop may be over: then nobody waits any more.
@@ -355,6 +369,12 @@ class Machine:
             raise MachineStateError(f"cannot {verb} machine {self.name!r} while it runs: pause it")
         if self._state is State.MIGRATED or self._closing:
             self._refuse_ended(verb)
+
+    def _wait(self, reached: Callable[[], bool]) -> None:
+        """Wait, in a thread that may block, until `reached()`."""
+        with self._changed:
+            if not self._changed.wait_for(reached, timeout=STOP_TIMEOUT_S):
+                raise self._hangs()
 
     async def _until(
         self, reached: Callable[[], bool], timeout_s: float | None = STOP_TIMEOUT_S
