@@ -87,7 +87,7 @@ def _padded(data: bytes) -> bytes:
 
 def build(
     busybox: bytes,
-    modules: Iterable[tuple[str, bytes]],
+    modules: Iterable[tuple[str, bytes]] = (),
     *,
     rc: str | None = None,
     files: Mapping[str, bytes] | None = None,
