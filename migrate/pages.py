@@ -14,9 +14,14 @@ import numpy.typing as npt
 
 Bitmap: TypeAlias = npt.NDArray[np.uint64]
 Ranges: TypeAlias = npt.NDArray[np.int64]
+_Pages: TypeAlias = npt.NDArray[np.int64]
 
 WORD_BITS = 64
-_FEW_RANGES = 64
+_WORD_SHIFT = 6
+_FEW_RANGES = 32
+_RANGES_AT_ONCE = 4096  # temporaries that stay in the cache
+_DENSE_PAGES_A_RANGE = 8
+_ALL = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 
 
 def word_count(n_pages: int) -> int:
@@ -78,27 +83,56 @@ def from_ranges(ranges: Ranges, n_pages: int) -> Bitmap:
 def or_ranges(bitmap: Bitmap, ranges: Ranges, n_pages: int) -> None:
     """Set `ranges` (which may touch or overlap, in any order) in `bitmap`, in place.
 
-    Costs by the number of ranges where they are few, by the span that they cover where they are
-    many. Raises ValueError for a range outside 0..n_pages; nothing is set then.
+    Raises ValueError for a range outside 0..n_pages, or reversed; nothing is set then.
     """
     if len(ranges) == 0:
         return
-    low, high = int(ranges.min()), int(ranges.max())
-    if low < 0 or high > n_pages:
-        raise ValueError(f"a range lies outside of 0..{n_pages} pages")
+    first, end = ranges[:, 0], ranges[:, 1]
+    if int(first.min()) < 0 or int(end.max()) > n_pages or (end < first).any():
+        raise ValueError(f"a range lies outside of 0..{n_pages} pages, or ends before it begins")
     if len(ranges) <= _FEW_RANGES:
-        for first, end in ranges.tolist():
-            set_range(bitmap, first, end)
+        for row_first, row_end in ranges.tolist():
+            set_range(bitmap, row_first, row_end)
         return
-    base = low & ~(WORD_BITS - 1)
-    span = high - base
-    # +1 where a range starts, -1 where one ends: its running sum counts the ranges over a page.
-    steps = np.bincount(ranges[:, 0] - base, minlength=span + 1)
-    steps -= np.bincount(ranges[:, 1] - base, minlength=span + 1)
+    for at in range(0, len(ranges), _RANGES_AT_ONCE):
+        part_first, part_end = first[at : at + _RANGES_AT_ONCE], end[at : at + _RANGES_AT_ONCE]
+        base = int(part_first.min()) & -WORD_BITS
+        span = int(part_end.max()) - base
+        if span <= _DENSE_PAGES_A_RANGE * len(part_first):
+            _or_dense(bitmap, part_first, part_end, base, span)
+        else:
+            _or_sparse(bitmap, part_first, part_end)
+
+
+def _or_dense(bitmap: Bitmap, first: _Pages, end: _Pages, base: int, span: int) -> None:
+    """By page: +1 where a range begins, -1 where it ends; the running sum says what is covered."""
+    steps = np.bincount(first - base, minlength=span + 1)
+    steps -= np.bincount(end - base, minlength=span + 1)
     np.cumsum(steps, out=steps)
     covered = from_bools(steps[:span] > 0)
     at = base // WORD_BITS
     bitmap[at : at + len(covered)] |= covered
+
+
+def _or_sparse(bitmap: Bitmap, first: _Pages, end: _Pages) -> None:
+    """By range: its ends as masks of words, the words between whole."""
+    last = end - 1
+    if (last < first).any():
+        first, last = first[last >= first], last[last >= first]
+    # Shifts, for numpy divides by a loop of its own that takes several times as long.
+    first_word, last_word = first >> _WORD_SHIFT, last >> _WORD_SHIFT
+    masks = _ALL << (first & (WORD_BITS - 1)).view(np.uint64)
+    last_masks = _ALL >> (~last & (WORD_BITS - 1)).view(np.uint64)
+    wide = first_word != last_word
+    if wide.any():
+        np.bitwise_or.at(bitmap, last_word[wide], last_masks[wide])
+        masks[~wide] &= last_masks[~wide]
+        steps = np.bincount(first_word[wide] + 1, minlength=len(bitmap) + 1)
+        steps -= np.bincount(last_word[wide], minlength=len(bitmap) + 1)
+        bitmap[np.cumsum(steps[:-1]) > 0] = _ALL
+    else:
+        masks &= last_masks
+    np.bitwise_or.at(bitmap, first_word, masks)
 
 
 def extract(bitmap: Bitmap, first: int, end: int) -> Bitmap:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from migrate import pages
 
-SIZES = st.integers(min_value=1, max_value=400)
+SIZES = st.integers(min_value=1, max_value=700)
 
 
 @st.composite
@@ -58,23 +58,29 @@ def test_empty_and_full(n_pages: int) -> None:
     assert set_of(pages.full(n_pages), n_pages) == set(range(n_pages))
 
 
-@pytest.mark.parametrize("few", [0, 10_000], ids=["by running sum", "range by range"])
-@given(case=range_lists(), before=st.sets(st.integers(0, 399)))
+@pytest.mark.parametrize(
+    ("few", "dense"),
+    [(0, 0), (0, 10_000), (10_000, 0)],
+    ids=["by range", "by page", "one by one"],
+)
+@given(case=range_lists(), before=st.sets(st.integers(0, 699)))
 def test_or_ranges_takes_any_ranges(
-    few: int, case: tuple[int, list[tuple[int, int]]], before: set[int]
+    few: int, dense: int, case: tuple[int, list[tuple[int, int]]], before: set[int]
 ) -> None:
-    """Overlapping, touching, empty and unsorted ones; what was set stays set; both ways."""
+    """Overlapping, touching, empty and unsorted ones; what was set stays set; whichever way."""
     n_pages, rows = case
     before = {page for page in before if page < n_pages}
     bitmap = bitmap_of(before, n_pages)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pages, "_FEW_RANGES", few)
+        patch.setattr(pages, "_DENSE_PAGES_A_RANGE", dense)
+        patch.setattr(pages, "_RANGES_AT_ONCE", 50)
         pages.or_ranges(bitmap, np.array(rows, dtype=np.int64).reshape(-1, 2), n_pages)
     wanted = before | {page for first, end in rows for page in range(first, end)}
     assert set_of(bitmap, n_pages) == wanted
 
 
-@pytest.mark.parametrize("row", [(-1, 3), (5, 101)])
+@pytest.mark.parametrize("row", [(-1, 3), (5, 101), (9, 8)])
 def test_a_range_outside_is_refused(row: tuple[int, int]) -> None:
     bitmap = pages.empty(100)
     with pytest.raises(ValueError, match=r"outside of 0\.\.100"):
