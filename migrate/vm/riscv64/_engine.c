@@ -171,7 +171,8 @@ enum { ASK_STOP = 1, ASK_TURN = 2, ASK_KICK = 4, ASK_RAISED = 8, ASK_REARM = 16,
 enum { TIME_FROZEN, TIME_REAL, TIME_EXECUTED };
 
 #define CHUNK_MIN 512
-#define CHUNK_MAX (1u << 17)
+#define CHUNK_MAX (1u << 15)
+#define TRAP_COST 4 /* so that a guest whose handler traps in turn uses up its budget, too */
 #define CHECK_NS 10000 /* how often the deadline should be looked at */
 
 typedef struct {
@@ -189,7 +190,7 @@ typedef struct Engine {
     uint64_t budget_end;
     uint64_t deadline_ns;
     uint64_t chunk;
-    uint64_t checked_ns;
+    uint64_t checked_ns, checked_executed;
     _Atomic unsigned ask;
     int end;
     bool running;
@@ -285,14 +286,16 @@ static int due(Engine *self, uint64_t executed)
             return END_DEADLINE;
         /* Aim the next look at the clock by how fast the guest went through the last chunk. */
         uint64_t took = now - self->checked_ns;
+        bool whole = executed - self->checked_executed >= self->chunk;
         if (took > 2 * CHECK_NS) {
             self->chunk = self->chunk / (took / CHECK_NS);
             if (self->chunk < CHUNK_MIN)
                 self->chunk = CHUNK_MIN;
-        } else if (took < CHECK_NS / 2 && self->chunk < CHUNK_MAX) {
+        } else if (whole && took < CHECK_NS / 2 && self->chunk < CHUNK_MAX) {
             self->chunk *= 2;
         }
         self->checked_ns = now;
+        self->checked_executed = executed;
     }
     if (asked & (ASK_KICK | ASK_REARM | ASK_TB_FLUSH))
         return END_KICK;
@@ -328,6 +331,7 @@ static void deliver(Engine *self, uint64_t cause, uint64_t tval)
     Env *env = self->env;
     uint64_t status = env->mstatus, vector;
     self->n_traps++;
+    self->executed += TRAP_COST;
     if (env->priv <= PRV_S && (env->medeleg >> cause & 1)) {
         status = (status & ~MSTATUS_SPIE) | (status & MSTATUS_SIE ? MSTATUS_SPIE : 0);
         status = (status & ~MSTATUS_SPP) | (env->priv == PRV_S ? MSTATUS_SPP : 0);
@@ -348,6 +352,20 @@ static void deliver(Engine *self, uint64_t cause, uint64_t tval)
         uc_api.riscv_cpu_set_mode(env, PRV_M);
     }
     env->pc = vector & ~3ull;
+}
+
+/* A trap is a boundary, too: no block may follow, if the handler cannot be fetched. */
+static void trap_limit(Engine *self)
+{
+    if (self->executed <= atomic_load(&self->limit))
+        return;
+    int end = due(self, self->executed);
+    if (end == END_NONE) {
+        set_limit(self);
+        return;
+    }
+    self->end = end;
+    uc_api.uc_emu_stop(self->uc);
 }
 
 static void take_python_error(Engine *self)
@@ -508,6 +526,7 @@ static void on_interrupt(void *uc, uint32_t cause, void *user)
         tval = env->badaddr;
     }
     deliver(self, cause, tval);
+    trap_limit(self);
 }
 
 /* ---- CSRs that the engine lacks, or answers from the host's cycle counter --------------------- */
@@ -1053,6 +1072,7 @@ static PyObject *engine_run(Engine *self, PyObject *args)
         self->budget_end = UINT64_MAX;
     self->deadline_ns = deadline;
     self->checked_ns = deadline ? monotonic_ns() : 0;
+    self->checked_executed = self->executed;
     self->running = true;
     self->thread = PyEval_SaveThread();
     for (;;) {

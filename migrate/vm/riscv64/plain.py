@@ -380,6 +380,7 @@ class PlainEngine(Engine):
     def _slice(self, instructions: int) -> Ended | None:
         self._ended_early = False
         self._broke = False
+        self._slice_traps = 0
         self._running = True
         pc = self._load(layout.OFFSETS["pc"])
         status = self._lib.uc_emu_start(self.uc._uch, pc, 0, 0, instructions)
@@ -449,9 +450,12 @@ class PlainEngine(Engine):
         cause = traps.atomic_cause(self.uc, env, pc, cause)
         tval = word(env, "badaddr") if cause in traps.WITH_ADDRESS else 0
         self._deliver(env, cause, pc, tval)
+        if self._slice_traps >= SLICE:
+            self._leave()  # no instruction is counted where handlers cannot be fetched
 
     def _deliver(self, env: bytes, cause: int, pc: int, tval: int) -> None:
         self._traps += 1
+        self._slice_traps += 1
         self._store({layout.OFFSETS[n]: v for n, v in traps.entry(env, cause, pc, tval).items()})
 
     def _on_invalid(self, uc: Any, _: object) -> bool:

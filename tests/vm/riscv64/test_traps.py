@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 
 from migrate.vm.clock import TimeKind, TimeSource
@@ -318,3 +321,29 @@ def test_an_error_in_the_board_comes_out_of_run(make_box: MakeBox) -> None:
     with pytest.raises(ZeroDivisionError, match="in the board"):
         box.run_at(pc)
     assert box.core.run(100).reason is Reason.BUDGET
+
+
+@pytest.mark.parametrize("translated", [False, True])
+def test_a_handler_that_cannot_be_fetched_uses_up_the_budget(box: Box, translated: bool) -> None:
+    """Trap upon trap without one instruction between: it must end, and be stoppable."""
+    pc = box.put(CODE, asm.ECALL)
+    if translated:
+        map_pages(box, {})
+        box.set(priv=S, medeleg=1 << 9 | 1 << 12, stvec=0x5000)
+    else:
+        box.set(priv=M, mtvec=0x4000_0000)
+    assert box.run_at(pc, 20_000).reason is Reason.BUDGET
+    box.core.stop()
+    assert box.core.run(1 << 40).reason is Reason.STOPPED
+    timer = threading.Timer(0.05, box.core.stop)
+    timer.start()
+    assert box.core.run(1 << 40).reason is Reason.STOPPED
+    timer.join()
+    assert box.core.run(1 << 40, time.monotonic_ns() + 10**7).reason is Reason.DEADLINE
+
+
+def test_stores_to_nowhere_are_an_error_that_says_so(box: Box) -> None:
+    box.set(a1=0x4000_0000)
+    ended = box.run_at(box.put(CODE, asm.sd("a0", "a1"), asm.j(0)))
+    assert ended.reason is Reason.ERROR
+    assert "write" in ended.detail.lower() and "hart 0" in ended.detail
