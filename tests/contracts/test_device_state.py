@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -188,7 +189,9 @@ def step(device: Device, world: World, what: tuple[int, int, int, int, int]) -> 
 
 
 def start_queue(device: VirtioBlk, world: World, waiting: int) -> None:
-    """A driver's start, with `waiting` empty requests in a queue of 8."""
+    """A driver's start, with `waiting` requests for nothing in a queue of 8."""
+    header, status = RAM_BASE + 0x3000, RAM_BASE + 0x3010
+    world.memory.write(RAM_BASE, struct.pack("<QIHHQIHH", header, 16, 1, 1, status, 1, 2, 0))
     for offset, value in ((0x70, 0), (0x24, 1), (0x20, 1), (0x70, 11), (0x30, 0), (0x38, 8)):
         device.mmio_write(offset, 4, value)
     for offset, page in ((0x80, 0), (0x90, 1), (0xA0, 2)):
