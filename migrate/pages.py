@@ -104,6 +104,29 @@ def or_ranges(bitmap: Bitmap, ranges: Ranges, n_pages: int) -> None:
             _or_sparse(bitmap, part_first, part_end)
 
 
+def or_ascending(bitmap: Bitmap, ranges: Ranges) -> None:
+    """Set `ranges` in `bitmap`, in place; they are not empty, ascend, do not overlap (they may
+    touch) and lie in the bitmap. Nothing of this is checked: for what the kernel reports.
+    """
+    first, end = ranges[:, 0], ranges[:, 1]
+    if len(ranges) <= _FEW_RANGES:
+        for row_first, row_end in ranges.tolist():
+            set_range(bitmap, row_first, row_end)
+        return
+    base = int(first[0]) & -WORD_BITS
+    span = int(end[-1]) - base
+    if span > _DENSE_PAGES_A_RANGE * len(ranges):
+        _or_sparse(bitmap, first, end)
+        return
+    steps = np.zeros(span + 1, dtype=np.int8)
+    steps[first - base] = 1
+    steps[end - base] -= 1
+    np.cumsum(steps, dtype=np.int8, out=steps)
+    covered = from_bools(steps[:span].view(np.bool_))
+    at = base // WORD_BITS
+    bitmap[at : at + len(covered)] |= covered
+
+
 def _or_dense(bitmap: Bitmap, first: _Pages, end: _Pages, base: int, span: int) -> None:
     """By page: +1 where a range begins, -1 where it ends; the running sum says what is covered."""
     steps = np.bincount(first - base, minlength=span + 1)

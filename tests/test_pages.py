@@ -80,6 +80,30 @@ def test_or_ranges_takes_any_ranges(
     assert set_of(bitmap, n_pages) == wanted
 
 
+@pytest.mark.parametrize(
+    ("few", "dense"),
+    [(0, 0), (0, 10_000), (10_000, 0)],
+    ids=["by range", "by page", "one by one"],
+)
+@given(case=page_sets(), before=st.sets(st.integers(0, 699)), cut=st.integers(1, 699))
+def test_or_ascending_takes_what_the_kernel_reports(
+    few: int, dense: int, case: tuple[int, set[int]], before: set[int], cut: int
+) -> None:
+    """Runs of pages, ascending; those over the page `cut` come in two that touch."""
+    n_pages, numbers = case
+    before = {page for page in before if page < n_pages}
+    bitmap = bitmap_of(before, n_pages)
+    rows: list[tuple[int, int]] = []
+    for first, end in pages.to_ranges(bitmap_of(numbers, n_pages), n_pages).tolist():
+        rows.extend([(first, cut), (cut, end)] if first < cut < end else [(first, end)])
+    if rows:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pages, "_FEW_RANGES", few)
+            patch.setattr(pages, "_DENSE_PAGES_A_RANGE", dense)
+            pages.or_ascending(bitmap, np.array(rows, dtype=np.int64))
+    assert set_of(bitmap, n_pages) == before | numbers
+
+
 @pytest.mark.parametrize("row", [(-1, 3), (5, 101), (9, 8)])
 def test_a_range_outside_is_refused(row: tuple[int, int]) -> None:
     bitmap = pages.empty(100)

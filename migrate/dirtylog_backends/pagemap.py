@@ -90,20 +90,20 @@ class PagemapBackend(Backend):
             raise HostError(f"slot {self._slot_name!r}: the kernel's page scan does not advance")
         return found, reached
 
-    def _or_into(self, bitmap: Bitmap, found: int, base: int, n_pages: int) -> None:
+    def _or_into(self, bitmap: Bitmap, found: int, base: int) -> None:
         """Set the `found` regions of `_vec` in `bitmap`, whose bit 0 is page `base`."""
         if found:
             # All three fields of a region at once: numpy is slow over rows of two.
             fields = self._fields[: 3 * found] - (self._start + (base << PAGE_SHIFT))
             fields >>= PAGE_SHIFT
-            pages.or_ranges(bitmap, fields.reshape(-1, 3)[:, :2], n_pages)
+            pages.or_ascending(bitmap, fields.reshape(-1, 3)[:, :2])
 
     def collect(self, into: Bitmap) -> None:
         self._check_open()
         first = 0
         while first < self.n_pages:
             found, reached = self._scan(first, self.n_pages, flags=_GET_AND_RESET)
-            self._or_into(into, found, 0, self.n_pages)
+            self._or_into(into, found, 0)
             first = reached  # short of the end where _vec was full: the rest is as it was
 
     def peek(self, first: int, end: int) -> Bitmap:
@@ -112,7 +112,7 @@ class PagemapBackend(Backend):
         at = first
         while at < end:
             found, reached = self._scan(at, end, flags=pagemap.PM_SCAN_CHECK_WPASYNC)
-            self._or_into(bitmap, found, first, end - first)
+            self._or_into(bitmap, found, first)
             at = reached
         return bitmap
 
