@@ -62,7 +62,10 @@ class Clock(Stateful):
 
     KIND: ClassVar[str] = "clock"
     VERSION: ClassVar[int] = 1
-    FIELDS: ClassVar[tuple[Field, ...]] = (Field("deterministic", bool), Field("position", int))
+    FIELDS: ClassVar[tuple[Field, ...]] = (
+        Field("deterministic", bool),
+        Field("position", int, bits=63),
+    )
 
     def __init__(
         self,
