@@ -23,7 +23,7 @@ STREAM_BYTES = RAM_MIB * MIB + 16384
 """About what one migration of the guest below sends; faults past the end strike nothing."""
 
 BOUNDED = settings(
-    max_examples=25,
+    max_examples=15,
     deadline=None,
     print_blob=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -50,7 +50,7 @@ async def attempt(guest: Running, fault: Fault, compression: str) -> tuple[Runni
             error = failure
         finally:
             await trio.to_thread.run_sync(proxy.close)
-        with trio.move_on_after(5):
+        with trio.move_on_after(0.5):  # one that was turned away keeps listening
             while not arrived and not failures:
                 await trio.sleep(0.002)
         nursery.cancel_scope.cancel()
