@@ -63,6 +63,10 @@ def parse_uri(uri: str) -> Address:
     if scheme == "tcp":
         match = re.fullmatch(r"(?:\[([0-9a-fA-F:.%\w]+)\]|([^:\[\]]*)):(\d{1,5})", rest)
         if match and int(match.group(3)) < 65536:
+            try:
+                (match.group(2) or "").encode("idna")
+            except UnicodeError as error:
+                raise UsageError(f"{uri!r}: no host can have such a name ({error})") from None
             return Address("tcp", host=match.group(1) or match.group(2), port=int(match.group(3)))
         raise UsageError(f"{uri!r}: write tcp:HOST:PORT, or tcp:[ADDRESS]:PORT for IPv6")
     if scheme == "unix" and rest:
@@ -199,8 +203,6 @@ def connect(address: Address, timeout_s: float = 10.0) -> Link:
                 raise
             return Link(sock, str(address))
         sock = socket.create_connection((address.host or "localhost", address.port), timeout_s)
-    except UnicodeError as error:
-        raise UsageError(f"{address}: no host can have such a name ({error})") from None
     except OSError as error:
         raise HostError(
             f"cannot connect to {address}: {error.strerror or error};"
@@ -243,8 +245,6 @@ class Listener:
                 family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
                 self.sock = socket.create_server((address.host, address.port), family=family)
                 self.address = Address("tcp", address.host, self.sock.getsockname()[1])
-        except UnicodeError as error:
-            raise UsageError(f"{address}: no host can have such a name ({error})") from None
         except OSError as error:
             raise HostError(f"cannot listen on {address}: {error.strerror or error}") from error
 
