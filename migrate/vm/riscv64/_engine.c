@@ -63,6 +63,7 @@ enum {
     CAUSE_FETCH_ACCESS = 1,
     CAUSE_BREAKPOINT = 3,
     CAUSE_LOAD_ACCESS = 5,
+    CAUSE_STORE_ACCESS = 7,
     CAUSE_ECALL_U = 8,
 };
 #define MSTATUS_SIE (1ull << 1)
@@ -94,6 +95,7 @@ static struct {
     int (*uc_emu_start)(void *, uint64_t, uint64_t, uint64_t, size_t);
     int (*uc_emu_stop)(void *);
     int (*uc_hook_add)(void *, size_t *, int, void *, void *, uint64_t, uint64_t, ...);
+    int (*uc_hook_del)(void *, size_t);
     int (*uc_reg_read)(void *, int, void *);
     int (*uc_ctl)(void *, unsigned, ...);
     int (*uc_mmio_map)(void *, uint64_t, size_t, void *, void *, void *, void *);
@@ -102,6 +104,7 @@ static struct {
     void (*riscv_set_csr_ops)(int, CsrOps *);
     int (*riscv_csrrw_debug)(Env *, int, uint64_t *, uint64_t, uint64_t);
     void (*riscv_cpu_set_mode)(Env *, uint64_t);
+    void (*riscv_raise_exception)(Env *, uint32_t, uintptr_t);
     uint64_t (*riscv_cpu_get_fflags)(Env *);
     void (*riscv_cpu_set_fflags)(Env *, uint64_t);
     void (*pmpcfg_csr_write)(Env *, uint32_t, uint64_t);
@@ -119,6 +122,7 @@ static const struct {
     SYMBOL(uc_emu_start, ""),
     SYMBOL(uc_emu_stop, ""),
     SYMBOL(uc_hook_add, ""),
+    SYMBOL(uc_hook_del, ""),
     SYMBOL(uc_reg_read, ""),
     SYMBOL(uc_ctl, ""),
     SYMBOL(uc_mmio_map, ""),
@@ -127,6 +131,7 @@ static const struct {
     SYMBOL(riscv_set_csr_ops, "_riscv64"),
     SYMBOL(riscv_csrrw_debug, "_riscv64"),
     SYMBOL(riscv_cpu_set_mode, "_riscv64"),
+    SYMBOL(riscv_raise_exception, "_riscv64"),
     SYMBOL(riscv_cpu_get_fflags, "_riscv64"),
     SYMBOL(riscv_cpu_set_fflags, "_riscv64"),
     SYMBOL(pmpcfg_csr_write, "_riscv64"),
@@ -142,7 +147,10 @@ static bool api_ready;
 enum {
     UC_HOOK_INTR = 1 << 0,
     UC_HOOK_BLOCK = 1 << 3,
+    UC_HOOK_MEM_WRITE_UNMAPPED = 1 << 5,
+    UC_HOOK_MEM_WRITE_PROT = 1 << 8,
     UC_HOOK_INSN_INVALID = 1 << 14,
+    UC_HOOK_EDGE_GENERATED = 1 << 15,
     UC_ERR_READ_UNMAPPED = 6,
     UC_ERR_FETCH_UNMAPPED = 8,
     UC_ERR_FETCH_PROT = 14,
@@ -178,7 +186,16 @@ enum { TIME_FROZEN, TIME_REAL, TIME_EXECUTED };
 typedef struct {
     uint64_t gpa, size;
     const uint8_t *hva;
+    bool readonly;
 } Block;
+
+#define MAX_BLOCKS 64
+
+/* Where a store is an access fault: between the blocks of memory, and in read-only ones. */
+typedef struct {
+    uint64_t first, last;
+    size_t hook;
+} Forbidden;
 
 typedef struct Engine {
     PyObject_HEAD
@@ -205,8 +222,11 @@ typedef struct Engine {
     int n_harts, current;
     Env *image;
     uint8_t *owed;
-    Block blocks[64]; /* guest memory */
+    Block blocks[MAX_BLOCKS]; /* guest memory, by address */
     size_t n_blocks;
+    Forbidden forbidden[2 * MAX_BLOCKS + 1];
+    size_t n_forbidden;
+    bool forbidden_stale;
     struct Engine *next;
 } Engine;
 
@@ -454,6 +474,33 @@ static uint32_t atomic_cause(const Engine *self, uint32_t cause)
     return cause;
 }
 
+/* The address that the store at pc writes. */
+static uint64_t store_address(const Engine *self)
+{
+    const Env *env = self->env;
+    uint32_t insn = fetch(self, env->pc);
+    switch (insn & 3) {
+    case 3: {
+        insn |= fetch(self, env->pc + 2) << 16;
+        uint64_t base = env->gpr[insn >> 15 & 31];
+        bool atomic = (insn & 0x7f) == 0x2f; /* has no offset */
+        int64_t high = (int32_t)insn >> 25;
+        return atomic ? base : base + (uint64_t)(high * 32) + (insn >> 7 & 31);
+    }
+    case 0: { /* c.fsd, c.sw, c.sd */
+        uint64_t base = env->gpr[8 + (insn >> 7 & 7)];
+        uint32_t high = insn >> 7 & 0x38;
+        if ((insn >> 13 & 3) == 2)
+            return base + (high | (insn >> 4 & 4) | (insn << 1 & 0x40));
+        return base + (high | (insn << 1 & 0xc0));
+    }
+    default: /* c.fsdsp, c.swsp, c.sdsp */
+        if ((insn >> 13 & 3) == 2)
+            return env->gpr[2] + ((insn >> 7 & 0x3c) | (insn >> 1 & 0xc0));
+        return env->gpr[2] + ((insn >> 7 & 0x38) | (insn >> 1 & 0x1c0));
+    }
+}
+
 /* The address that the load at pc reads (its registers are still those before it). */
 static uint64_t load_address(const Engine *self)
 {
@@ -481,9 +528,8 @@ static uint64_t load_address(const Engine *self)
 }
 
 /* The engine gave up on a load or a fetch from where nothing is mapped, with pc at that
- * instruction: an access fault. After a store it has gone on to the end of the block: an error.
- * (Hooks for unmapped memory would come in time for those too, but where such a hook is installed
- * the engine no longer notices that code is rewritten.) */
+ * instruction: an access fault. After a store it goes on to the end of the block; that is what
+ * on_forbidden_store is for. */
 static bool access_fault(Engine *self, int error)
 {
     switch (error) {
@@ -615,6 +661,7 @@ static void (*original_fast)(void *, void *, uint64_t, int, uintptr_t);
 static void (*original_reset)(void *, uint64_t, uint64_t);
 static void **slot_fast, **slot_reset;
 static bool repaired;
+static ptrdiff_t env_in_cpu; /* learned when the engine first generates code */
 
 /* A store to a page with translated code: the engine looks only at the bytes stored. */
 static void whole_page(void *uc, void *pages, uint64_t start, int size, uintptr_t retaddr)
@@ -631,6 +678,10 @@ static void every_alias(void *cpu, uint64_t start, uint64_t size)
 {
     (void)start;
     (void)size;
+    if (!env_in_cpu)
+        for (Engine *engine = engines; engine; engine = engine->next)
+            if ((char *)engine->env > (char *)cpu && (char *)engine->env - (char *)cpu < 1 << 18)
+                env_in_cpu = (char *)engine->env - (char *)cpu;
     original_reset(cpu, 0, UINT64_MAX);
 }
 
@@ -745,6 +796,74 @@ static PyObject *bind(PyObject *module, PyObject *symbols)
     install_csrs();
     api_ready = true;
     Py_RETURN_NONE;
+}
+
+/* ---- stores to where there is no memory ------------------------------------------------------ */
+
+/* Called in the middle of the store, with pc at it. Does not return: the engine's main loop goes
+ * on with on_interrupt. */
+static bool on_forbidden_store(void *uc, int type, uint64_t gpa, int size, int64_t value, void *user)
+{
+    Engine *self = user;
+    (void)uc;
+    (void)type;
+    (void)gpa;
+    (void)size;
+    (void)value;
+    if (!self->running)
+        return false;
+    self->env->badaddr = store_address(self);
+    uc_api.riscv_raise_exception(self->env, CAUSE_STORE_ACCESS, 0);
+    return false;
+}
+
+typedef struct {
+    uint64_t pc;
+    uint16_t instructions, size;
+} GeneratedBlock;
+
+/* The engine does not arm writes to the page of new code (see every_alias) whose virtual address
+ * lies within the bounds of a hook for physical ones. */
+static void on_generated(void *uc, GeneratedBlock *block, GeneratedBlock *before, void *user)
+{
+    Engine *self = user;
+    (void)uc;
+    (void)before;
+    if (!repaired)
+        return;
+    for (size_t i = 0; i < self->n_forbidden; i++)
+        if (block->pc >= self->forbidden[i].first && block->pc <= self->forbidden[i].last) {
+            original_reset((char *)self->env - env_in_cpu, 0, UINT64_MAX);
+            return;
+        }
+}
+
+static void forbid(Engine *self, int hook_type, uint64_t first, uint64_t last)
+{
+    Forbidden *range = &self->forbidden[self->n_forbidden];
+    *range = (Forbidden){first, last, 0};
+    if (!uc_api.uc_hook_add(self->uc, &range->hook, hook_type, on_forbidden_store, self, first, last))
+        self->n_forbidden++;
+}
+
+/* Between two runs: hooks around the memory as it is now. */
+static void forbid_stores(Engine *self)
+{
+    if (!self->forbidden_stale || !env_in_cpu)
+        return;
+    self->forbidden_stale = false;
+    while (self->n_forbidden)
+        uc_api.uc_hook_del(self->uc, self->forbidden[--self->n_forbidden].hook);
+    uint64_t next = 0;
+    for (size_t i = 0; i < self->n_blocks; i++) {
+        const Block *block = &self->blocks[i];
+        if (block->gpa > next)
+            forbid(self, UC_HOOK_MEM_WRITE_UNMAPPED, next, block->gpa - 1);
+        if (block->readonly)
+            forbid(self, UC_HOOK_MEM_WRITE_PROT, block->gpa, block->gpa + block->size - 1);
+        next = block->gpa + block->size;
+    }
+    forbid(self, UC_HOOK_MEM_WRITE_UNMAPPED, next, UINT64_MAX - 1);
 }
 
 /* ---- harts ---------------------------------------------------------------------------------- */
@@ -1024,22 +1143,30 @@ static PyObject *engine_map_mmio(Engine *self, PyObject *args)
     return PyLong_FromLong(error);
 }
 
-/* memory_mapped(gpa, size, hva): so that the page walk here can read it; hva 0 takes it out */
+/* memory_mapped(gpa, size, hva, readonly): what there is of memory; hva 0 takes it out */
 static PyObject *engine_memory_mapped(Engine *self, PyObject *args)
 {
     unsigned long long gpa, size, hva;
+    int readonly;
     size_t i = 0;
-    if (!PyArg_ParseTuple(args, "KKK", &gpa, &size, &hva))
+    if (!PyArg_ParseTuple(args, "KKKp", &gpa, &size, &hva, &readonly) || !not_running(self))
         return NULL;
-    while (i < self->n_blocks && self->blocks[i].gpa != gpa)
+    while (i < self->n_blocks && self->blocks[i].gpa < gpa)
         i++;
-    if (hva && i < sizeof self->blocks / sizeof self->blocks[0]) {
-        self->blocks[i] = (Block){gpa, size, (const uint8_t *)(uintptr_t)hva};
-        if (i == self->n_blocks)
-            self->n_blocks++;
-    } else if (!hva && i < self->n_blocks) {
-        self->blocks[i] = self->blocks[--self->n_blocks];
+    size_t after = (self->n_blocks - i) * sizeof(Block);
+    if (hva) {
+        if (self->n_blocks == MAX_BLOCKS) {
+            PyErr_Format(PyExc_ValueError, "more than %d blocks of memory", MAX_BLOCKS);
+            return NULL;
+        }
+        memmove(&self->blocks[i + 1], &self->blocks[i], after);
+        self->blocks[i] = (Block){gpa, size, (const uint8_t *)(uintptr_t)hva, readonly};
+        self->n_blocks++;
+    } else if (i < self->n_blocks && self->blocks[i].gpa == gpa) {
+        memmove(&self->blocks[i], &self->blocks[i + 1], after - sizeof(Block));
+        self->n_blocks--;
     }
+    self->forbidden_stale = true;
     Py_RETURN_NONE;
 }
 
@@ -1073,6 +1200,7 @@ static PyObject *engine_run(Engine *self, PyObject *args)
     self->deadline_ns = deadline;
     self->checked_ns = deadline ? monotonic_ns() : 0;
     self->checked_executed = self->executed;
+    forbid_stores(self);
     self->running = true;
     self->thread = PyEval_SaveThread();
     for (;;) {
@@ -1244,6 +1372,7 @@ static int engine_init(Engine *self, PyObject *args, PyObject *keywords)
         {UC_HOOK_BLOCK, on_block},
         {UC_HOOK_INTR, on_interrupt},
         {UC_HOOK_INSN_INVALID, on_invalid},
+        {UC_HOOK_EDGE_GENERATED, on_generated},
     };
     for (size_t i = 0; i < sizeof hooks / sizeof hooks[0]; i++) {
         size_t hook;

@@ -172,12 +172,12 @@ class NativeEngine(Engine):
             rights |= unicorn.UC_PROT_WRITE
         self.uc.mem_map_ptr(gpa, size, rights, ctypes.c_void_p(hva))
         self._ram.map(gpa, size)
-        self.engine.memory_mapped(gpa, size, hva)
+        self.engine.memory_mapped(gpa, size, hva, readonly)
 
     def unmap_memory(self, gpa: int, size: int) -> None:
         self.uc.mem_unmap(gpa, size)
         self._ram.unmap(gpa)
-        self.engine.memory_mapped(gpa, size, 0)
+        self.engine.memory_mapped(gpa, size, 0, False)
 
     def stats(self) -> dict[str, int]:
         return dict(self.engine.stats())

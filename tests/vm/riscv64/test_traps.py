@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import threading
 import time
 
@@ -342,8 +344,37 @@ def test_a_handler_that_cannot_be_fetched_uses_up_the_budget(box: Box, translate
     assert box.core.run(1 << 40, time.monotonic_ns() + 10**7).reason is Reason.DEADLINE
 
 
-def test_stores_to_nowhere_are_an_error_that_says_so(box: Box) -> None:
-    box.set(a1=0x4000_0000)
-    ended = box.run_at(box.put(CODE, asm.sd("a0", "a1"), asm.j(0)))
-    assert ended.reason is Reason.ERROR
-    assert "write" in ended.detail.lower() and "hart 0" in ended.detail
+def test_stores_to_nowhere(box: Box, native: bool) -> None:
+    """Access faults with the compiled part; without, the engine notices too late to be exact."""
+    box.set(a1=0x4000_0010, a2=RAM + 0x8000, a3=55)
+    words = (asm.NOP, asm.sd("a0", "a1", -8), asm.sd("a3", "a2"), asm.j(0))
+    if not native:
+        ended = box.run_at(box.put(CODE, *words))
+        assert ended.reason is Reason.ERROR
+        assert "write" in ended.detail.lower() and "hart 0" in ended.detail
+        return
+    assert trap(box, M, *words) == (M, 7, 0x4000_0008, 4)
+    assert box.word(0x8000) == 0  # nothing after it ran
+    map_pages(box, {7: (0x4000_0000, 0xC7), 8: (RAM + 0x8000, 0xC7)})
+    box.set(a1=0x7000, sp=0x7000, medeleg=1 << 7)
+    assert trap(box, S, asm.sw("a0", "a1", 2044), asm.NOP) == (S, 7, 0x77FC, 0)
+    assert trap(box, S, asm.amoadd_d("a0", "a3", "a1")) == (S, 7, 0x7000, 0)
+    assert trap(box, S, 0x0000EC2A) == (S, 7, 0x7018, 0)  # c.sdsp a0, 24(sp)
+    assert trap(box, S, 0x0000C1E8) == (S, 7, 0x7044, 0)  # c.sw a0, 68(a1)
+    box.set(a1=0x8000)
+    assert trap(box, S, asm.sd("a3", "a1"), asm.EBREAK)[:2] == (M, 3)
+    assert box.word(0x8000) == 55
+
+
+def test_stores_to_read_only_memory(box: Box, native: bool) -> None:
+    memory = mmap.mmap(-1, 0x1000)
+    memory[:8] = asm.code(asm.addi("a0", "zero", 9), asm.WFI)
+    anchor = (ctypes.c_char * 0x1000).from_buffer(memory)
+    box.core.map_memory(0x2000_0000, 0x1000, ctypes.addressof(anchor), readonly=True)
+    box.set(a1=0x2000_0000)
+    if native:
+        assert trap(box, M, asm.sd("a0", "a1"), asm.NOP) == (M, 7, 0x2000_0000, 0)
+    assert box.run_at(0x2000_0000).reason is Reason.WFI and box.get("a0") == 9
+    assert memory[:4] == asm.code(asm.addi("a0", "zero", 9))
+    box.core.unmap_memory(0x2000_0000, 0x1000)
+    assert trap(box, M, asm.ld("a0", "a1"))[:3] == (M, 5, 0x2000_0000)
