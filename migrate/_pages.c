@@ -1,6 +1,6 @@
-/* Page hashing and zero detection in bulk, without the GIL.
+/* What is done for every page, in bulk: hashes, zero detection, bitmaps of the kernel's regions.
  *
- * One function, scan(): for every page of the given ranges, its hash into a table and whether it
+ * scan(), without the GIL: for every page of the given ranges, its hash into a table and whether it
  * is all zero into a flag array, in one pass over memory. migrate/codec.py holds the same
  * computation in numpy, for hosts where this file was not compiled; a test holds the two equal.
  *
@@ -121,7 +121,53 @@ static PyObject *scan(PyObject *self, PyObject *args)
     return PyLong_FromLongLong(zeros);
 }
 
+PyDoc_STRVAR(or_regions_doc,
+"or_regions(regions, count, start, bitmap)\n"
+"\n"
+"Set the pages of the first `count` regions of PAGEMAP_SCAN (struct page_region: start, end,\n"
+"categories) in a bitmap whose bit 0 is the page at address `start`. Raises ValueError for a\n"
+"region outside of the bitmap.");
+
+static PyObject *or_regions(PyObject *self, PyObject *args)
+{
+    (void)self;
+    Py_buffer regions, bitmap;
+    Py_ssize_t count;
+    unsigned long long start;
+    if (!PyArg_ParseTuple(args, "y*nKw*", &regions, &count, &start, &bitmap))
+        return NULL;
+    const uint64_t *region = regions.buf;
+    uint64_t *words = bitmap.buf;
+    const uint64_t pages = (uint64_t)bitmap.len * 8;
+    int outside = count < 0 || count > regions.len / 24;
+    for (Py_ssize_t i = 0; i < count && !outside; i++) {
+        uint64_t first = (region[3 * i] - start) / PAGE_SIZE;
+        uint64_t end = (region[3 * i + 1] - start) / PAGE_SIZE;
+        if (region[3 * i] < start || end <= first || end > pages) {
+            outside = 1;
+            break;
+        }
+        uint64_t low = first / 64, high = (end - 1) / 64;
+        uint64_t from = ~0ULL << (first % 64), to = ~0ULL >> (63 - (end - 1) % 64);
+        if (low == high) {
+            words[low] |= from & to;
+            continue;
+        }
+        words[low] |= from;
+        memset(words + low + 1, 0xff, (high - low - 1) * 8);
+        words[high] |= to;
+    }
+    PyBuffer_Release(&regions);
+    PyBuffer_Release(&bitmap);
+    if (outside) {
+        PyErr_SetString(PyExc_ValueError, "a region lies outside of the bitmap");
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
+    {"or_regions", or_regions, METH_VARARGS, or_regions_doc},
     {"scan", scan, METH_VARARGS, scan_doc},
     {NULL, NULL, 0, NULL},
 };
@@ -129,7 +175,7 @@ static PyMethodDef methods[] = {
 static struct PyModuleDef module = {
     PyModuleDef_HEAD_INIT,
     .m_name = "_pages",
-    .m_doc = "Page hashing and zero detection in bulk.",
+    .m_doc = "Hashes, zero detection and bitmaps of pages in bulk.",
     .m_size = -1,
     .m_methods = methods,
 };

@@ -12,7 +12,6 @@ Beside a running guest everything here is bulk work with the GIL released: the c
 
 from __future__ import annotations
 
-import importlib
 import re
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -21,16 +20,11 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
+from migrate.compiled import page_functions
 from migrate.errors import PeerError, UsageError
 from migrate.pages import Ranges
 from migrate.units import PAGE_SIZE
 from migrate.wire import BATCH_PAGES
-
-_pages: Any
-try:
-    _pages = importlib.import_module("migrate._pages")
-except ImportError:  # not compiled on this host
-    _pages = None
 
 HashTable = npt.NDArray[np.uint64]
 """One hash a page of a slot; 0 is a page of zeros."""
@@ -66,9 +60,9 @@ class PageHasher:
 
     def __init__(self, seed: int, *, native: bool | None = None) -> None:
         """`native`: True insists on the compiled part, False avoids it, None is as it comes."""
-        if native and _pages is None:
+        if native and page_functions is None:
             raise UsageError("the compiled page scanner is not available on this host")
-        self._native = _pages if native is not False else None
+        self._native = page_functions if native is not False else None
         words = _splitmix64(seed, PAGE_WORDS + REGION_PAGES)
         self._key = words[:PAGE_WORDS]
         self._region_key = words[PAGE_WORDS:] | np.uint64(1)

@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from migrate import pages
+from migrate.compiled import page_functions
+from migrate.units import PAGE_SHIFT
 
 SIZES = st.integers(min_value=1, max_value=700)
 
@@ -139,3 +141,27 @@ def test_clear_past(n_pages: int) -> None:
     bitmap = np.full(pages.word_count(n_pages), np.uint64(0xFFFF_FFFF_FFFF_FFFF), dtype="<u8")
     pages.clear_past(bitmap, n_pages)
     assert np.array_equal(bitmap, pages.full(n_pages))
+
+
+@pytest.mark.skipif(page_functions is None, reason="the compiled part is not built")
+@given(st.data())
+def test_compiled_regions_equal_numpy(data: st.DataObject) -> None:
+    n_pages = data.draw(st.integers(1, 500))
+    wanted = np.array(data.draw(st.lists(st.booleans(), min_size=n_pages, max_size=n_pages)))
+    ranges = pages.to_ranges(pages.from_bools(wanted), n_pages)
+    regions = np.zeros((len(ranges) + 1, 3), dtype=np.uint64)
+    regions[:-1, :2] = (ranges + 7) << PAGE_SHIFT
+    bitmap = pages.empty(n_pages)
+    page_functions.or_regions(regions, len(ranges), 7 << PAGE_SHIFT, bitmap)
+    assert (bitmap == pages.from_bools(wanted)).all()
+
+
+@pytest.mark.skipif(page_functions is None, reason="the compiled part is not built")
+@pytest.mark.parametrize(
+    ("count", "region"),
+    [(2, (0, 4096)), (-1, (0, 4096)), (1, (4096, 4096)), (1, (0, 65 << 12)), (1, (-4096, 4096))],
+)
+def test_compiled_regions_outside_of_the_bitmap(count: int, region: tuple[int, int]) -> None:
+    regions = np.array([[*region, 0]], dtype=np.int64)
+    with pytest.raises(ValueError, match="outside"):
+        page_functions.or_regions(regions, count, 0, pages.empty(64))

@@ -14,6 +14,7 @@ from typing import ClassVar, Final
 import numpy as np
 
 from migrate import pages
+from migrate.compiled import page_functions
 from migrate.dirtylog_backends.base import Backend
 from migrate.errors import HostError, UsageError
 from migrate.linux import pagemap, uffd
@@ -92,7 +93,9 @@ class PagemapBackend(Backend):
 
     def _or_into(self, bitmap: Bitmap, found: int, base: int) -> None:
         """Set the `found` regions of `_vec` in `bitmap`, whose bit 0 is page `base`."""
-        if found:
+        if found and page_functions is not None:
+            page_functions.or_regions(self._vec, found, self._start + (base << PAGE_SHIFT), bitmap)
+        elif found:
             # All three fields of a region at once: numpy is slow over rows of two.
             fields = self._fields[: 3 * found] - (self._start + (base << PAGE_SHIFT))
             fields >>= PAGE_SHIFT
