@@ -14,11 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import trio
 
 from migrate.channel import Channel
-from migrate.codec import REGION_PAGES, PageHasher
+from migrate.codec import PageHasher
 from migrate.concurrency import run_cancellable
 from migrate.errors import HostError, MigrateError, MigrationFailed, PeerError, StateFormatError
 from migrate.events import Event, Log, PhaseEntered
@@ -268,7 +267,7 @@ class _Reception:
         fields = channel.fields_untrusted(frame, state=dict, digests=list, running=bool)
         if self._verify:
             receiver.rehash()
-        self._compare(receiver, fields["digests"])
+        receiver.compare_untrusted(fields["digests"])
         try:
             machine.load_untrusted(fields["state"])
         except StateFormatError as error:
@@ -279,24 +278,6 @@ class _Reception:
             raise StateFormatError(f"machine {machine.name!r}: {error!r}") from error
         channel.send_map(FrameType.LOADED, verified=self._verify)
         return bool(fields["running"])
-
-    def _compare(self, receiver: PageReceiver, digests: list[Any]) -> None:
-        """Every page is what the source sent, or the migration fails, saying where not."""
-        slots = self._machine.memory.slots
-        if len(digests) != len(slots):
-            raise self._channel.breach("there is not one list of digests a slot")
-        for slot, table, theirs in zip(slots, receiver.tables, digests, strict=True):
-            ours = self._hasher.region_digests(table)
-            if not isinstance(theirs, bytes) or len(theirs) != ours.nbytes:
-                raise self._channel.breach(f"the digests of slot {slot.name!r} have a wrong length")
-            differ = np.flatnonzero(ours != np.frombuffer(theirs, dtype="<u8"))
-            if len(differ):
-                first = int(differ[0]) * REGION_PAGES
-                last = min(first + REGION_PAGES, slot.n_pages) - 1
-                raise self._channel.breach(
-                    f"memory arrived damaged: slot {slot.name!r}, pages {first} to {last}"
-                    f" (and {len(differ) - 1} more regions of {REGION_PAGES} pages)"
-                )
 
     def _start(self, running: bool) -> None:
         """Run the guest, then confirm; it runs even if the source is gone by now."""

@@ -6,13 +6,13 @@ socket → guest memory (raw pages arrive in place, without a copy) → hash. Wh
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
 from migrate import pages, wire
 from migrate.channel import Channel, Frame
-from migrate.codec import Decompressor, PageHasher, indices, split_ranges
+from migrate.codec import REGION_PAGES, Decompressor, PageHasher, indices, split_ranges
 from migrate.errors import PeerError
 from migrate.units import PAGE_SIZE
 from migrate.vm.definition import BackingKind
@@ -83,6 +83,24 @@ class PageReceiver:
             table[index] = 0
             rows[index] = 0
             written[index] = False
+
+    def compare_untrusted(self, digests: list[Any]) -> None:
+        """Every page is what the source sent last, by its digests. PeerError says which is not."""
+        if len(digests) != len(self._slots):
+            raise self._channel.breach("there is not one list of digests a slot")
+        for slot, table, theirs in zip(self._slots, self.tables, digests, strict=True):
+            ours = self._hasher.region_digests(table)
+            if not isinstance(theirs, bytes) or len(theirs) != ours.nbytes:
+                raise self._channel.breach(f"the digests of slot {slot.name!r} have a wrong length")
+            differ = np.flatnonzero(ours != np.frombuffer(theirs, dtype="<u8"))
+            if len(differ):
+                first = int(differ[0]) * REGION_PAGES
+                last = min(first + REGION_PAGES, slot.n_pages) - 1
+                more = len(differ) - 1
+                raise self._channel.breach(
+                    f"memory arrived damaged: slot {slot.name!r}, pages {first} to {last}"
+                    + (f" (and {more} more regions of {REGION_PAGES} pages)" if more else "")
+                )
 
     def rehash(self) -> None:
         """Hash every page of the memory anew, whatever arrived: for --verify."""

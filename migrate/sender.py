@@ -181,6 +181,10 @@ class PageSender:
             touched = pages.full(slot.n_pages) & ~slot.never_touched()
             self._hasher.scan(slot.array, pages.to_ranges(touched, slot.n_pages), table)
 
+    def digests(self) -> list[bytes]:
+        """What memory the destination should hold by now, one digest a region, slot by slot."""
+        return [self._hasher.region_digests(table).tobytes() for table in self.tables]
+
     def send_zero(self, slot_number: int, zeros: list[Ranges]) -> None:
         """Tell that pages are zero; no bulk."""
         if not zeros:

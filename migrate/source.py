@@ -330,7 +330,7 @@ class _Migration:
                 FrameType.STATE,
                 state=machine.save(),
                 running=self._was_running,
-                digests=[self._hasher.region_digests(table).tobytes() for table in sender.tables],
+                digests=sender.digests(),
             )
             loaded = channel.expect_untrusted(FrameType.LOADED, verified=bool)
             if self._options.verify and not loaded["verified"]:

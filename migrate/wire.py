@@ -119,7 +119,7 @@ LIMITS: Final[dict[FrameType, Limits]] = {
     FrameType.ROUND_END: Limits(4096),
     FrameType.ROUND_ACK: Limits(4096),
     FrameType.FINAL: Limits(4096),
-    FrameType.STATE: Limits(4 * MIB),
+    FrameType.STATE: Limits(8 * MIB),
     FrameType.LOADED: Limits(4096),
     FrameType.HANDOVER: Limits(4096),
     FrameType.RUNNING: Limits(4096),
