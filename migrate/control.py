@@ -207,7 +207,7 @@ class Request:
 def parse_request_untrusted(line: bytes) -> Request:
     """The request in a line. Raises PeerError."""
     try:
-        value = json.loads(line)
+        value = json.loads(line, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise PeerError(f"not a line of JSON: {error}"[:200], role="control client") from None
     if not isinstance(value, dict):
@@ -224,6 +224,10 @@ def parse_request_untrusted(line: bytes) -> Request:
     if left_over := sorted(set(value) - {"id", "command", "arguments"}):
         raise PeerError(f"unknown field {left_over[0][:40]!r}", role="control client")
     return Request(number, command, arguments)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def encode(line: Json) -> bytes:

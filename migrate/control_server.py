@@ -202,6 +202,8 @@ class ControlServer:
             await connection.upgrade(connection.as_stream())
         except OSError:
             pass  # the client is gone
+        except Exception:  # a defect of ours costs one connection, not the machine
+            traceback.print_exc(file=sys.stderr)
         finally:
             self._connections -= 1
             connection.close()

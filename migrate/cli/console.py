@@ -17,10 +17,11 @@ ESCAPE = b"\x1d"
 @click.command("console")
 @NAME_ARGUMENT
 def console_command(name: str) -> None:
-    """Attach to a machine's console; Ctrl-] leaves it, the machine runs on.
+    """Attach to a machine's console.
 
-    What it printed last is shown first. With input from a pipe (`echo v | migrate console a`) the
-    console stays attached until the machine ends or Ctrl-C.
+    Ctrl-] leaves it, the machine runs on. What it printed last is shown first. With input from
+    a pipe (`echo v | migrate console a`) the console stays attached until the machine ends or
+    Ctrl-C.
     """
     from migrate.terminal import raw_terminal
 

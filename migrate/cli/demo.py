@@ -123,6 +123,7 @@ def _demo_own(stage: Stage, memory: int, working_set: int, rate: int, downtime_l
 
     report, there = move(stage, memory, downtime_limit)
     here.wait_end(15)
+    here.close()
 
     say("the console carries on at the destination")
     there.wait_for(r"^HB .*\n(?:.*\n)*?HB .*\n(?:.*\n)*?HB .*$", 30)

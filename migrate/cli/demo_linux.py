@@ -74,6 +74,7 @@ def demo_linux(stage: Stage, memory: int, downtime_limit: str) -> None:
 
     _, there = move(stage, memory, downtime_limit)
     here.wait_end(15)
+    here.close()
 
     say("the work goes on at the destination")
     last = _ticks(here.text)[-1]

@@ -15,6 +15,7 @@ from migrate.errors import MachineStateError, MigrateError
 from migrate.units import format_size
 
 STOP_TIMEOUT_S = 40.0
+PS_TIMEOUT_S = 2.0
 
 
 @click.command("ps")
@@ -24,15 +25,7 @@ def ps_command(as_json: bool) -> None:
 
     A machine that does not answer is listed as such; what dead ones left behind is not.
     """
-    rows: list[dict[str, Any]] = []
-    for name in machine_names():
-        try:
-            rows.append(ask(name, "status"))
-        except RemoteError:
-            raise
-        except MachineStateError:
-            if _answers(name):
-                rows.append({"name": name, "state": "not answering", "pid": None})
+    rows = machine_rows()
     if as_json:
         print_json(rows)
         return
@@ -54,6 +47,20 @@ def _answers(name: str) -> bool:
     except MigrateError:
         return False
     return True
+
+
+def machine_rows() -> list[dict[str, Any]]:
+    """The status of every machine here."""
+    rows: list[dict[str, Any]] = []
+    for name in machine_names():
+        try:
+            rows.append(ask(name, "status", timeout_s=PS_TIMEOUT_S))
+        except RemoteError:
+            raise
+        except MachineStateError:
+            if _answers(name):
+                rows.append({"name": name, "state": "not answering", "pid": None})
+    return rows
 
 
 @click.command("stat")
@@ -163,7 +170,7 @@ def _stat_lines(stat: dict[str, Any], before: dict[str, Any] | None = None) -> l
 @NAME_ARGUMENT
 @JSON_OPTION
 def pause_command(name: str, as_json: bool) -> None:
-    """Stop a machine's vcpus; returns when they stand still."""
+    """Stop a machine's vcpus. Returns when they stand still."""
     _report(ask(name, "pause", timeout_s=STOP_TIMEOUT_S), as_json)
 
 
@@ -183,7 +190,10 @@ def resume_command(name: str, as_json: bool) -> None:
 @NAME_ARGUMENT
 @JSON_OPTION
 def stop_command(name: str, as_json: bool) -> None:
-    """End a machine, as if its power were cut. Returns when its process has let go of its name."""
+    """End a machine.
+
+    As if its power were cut. Returns when its process has let go of its name.
+    """
     ask(name, "stop")
     path = socket_path(name)
     until = time.monotonic() + STOP_TIMEOUT_S

@@ -72,12 +72,12 @@ def send_command(
     verify: bool,
     as_json: bool,
 ) -> None:
-    """Move a running machine to where `migrate receive` listens.
+    """Move a running machine to where one receives.
 
-    URI is tcp:HOST:PORT, unix:PATH or fd:N. When this returns without an error the guest runs
-    there and the machine here has ended; after an error it runs on here (but see exit code 8).
-    Ctrl-C calls the migration off. --json prints one object, with the field names of QEMU's
-    query-migrate.
+    URI is what `migrate receive` listens at: tcp:HOST:PORT, unix:PATH or fd:N. When this returns
+    without an error the guest runs there and the machine here has ended; after an error it runs
+    on here (but see exit code 8). Ctrl-C calls the migration off. --json prints one object, with
+    the field names of QEMU's query-migrate.
     """
     arguments: dict[str, Any] = {
         "uri": uri,
