@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from links import ERRORS, SESSION, beside, channel_pair, peak_bytes, socket_pair
 
 from migrate import wire
 from migrate.channel import Channel, PeerGaveUp
@@ -22,6 +21,7 @@ from migrate.session import TRANSITIONS, Phase
 from migrate.transport import Link, LinkLost
 from migrate.units import MIB
 from migrate.wire import LIMITS, Feature, FrameType, Role
+from tests.links import ERRORS, SESSION, beside, channel_pair, peak_bytes, socket_pair
 
 ROLES = pytest.mark.parametrize("role", list(Role), ids=lambda role: role.label)
 HEADERS = {v.sender: v for v in SESSION if v.frame == "stream header"}

@@ -11,7 +11,6 @@ import pytest
 import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
-from links import peak_bytes
 
 from migrate import codec, pages
 from migrate.codec import (
@@ -27,6 +26,7 @@ from migrate.codec import (
 from migrate.errors import PeerError, UsageError
 from migrate.units import MIB, PAGE_SIZE
 from migrate.wire import BATCH_PAGES
+from tests.links import peak_bytes
 
 MASK64 = 2**64 - 1
 MASK32 = 2**32 - 1
@@ -35,7 +35,7 @@ HASHERS = [
     pytest.param(
         True,
         id="native",
-        marks=pytest.mark.skipif(codec._pages is None, reason="migrate._pages is not built"),
+        marks=pytest.mark.skipif(codec.page_functions is None, reason="migrate._pages is not built"),
     ),
 ]
 
@@ -125,7 +125,7 @@ def test_the_key_is_splitmix64() -> None:
     ]
 
 
-@pytest.mark.skipif(codec._pages is None, reason="migrate._pages is not built")
+@pytest.mark.skipif(codec.page_functions is None, reason="migrate._pages is not built")
 @given(page_sets, st.integers(0, MASK64), st.integers(0, 2**32 - 1), st.sets(st.integers(0, 40)))
 def test_native_scan_equals_numpy(
     page_set: set[int], seed: int, content: int, zeros: set[int]
@@ -147,11 +147,11 @@ def test_native_scan_equals_numpy(
     assert (found[0][0][untouched] == 99).all()
 
 
-@pytest.mark.skipif(codec._pages is None, reason="migrate._pages is not built")
+@pytest.mark.skipif(codec.page_functions is None, reason="migrate._pages is not built")
 def test_native_scan_checks_what_it_is_given() -> None:
     memory, key = memory_of(2), np.zeros(513, dtype=np.uint64)
     table, zero = np.zeros(2, dtype=np.uint64), np.zeros(2, dtype=np.uint8)
-    scan = codec._pages.scan
+    scan = codec.page_functions.scan
     assert scan(memory, ranges_of((0, 2)), key, table, zero) == 0
     for rows in ([(0, 3)], [(-1, 1)], [(2, 1)], [(0, 1), (1, 2**62)]):
         with pytest.raises(ValueError, match="outside"):
@@ -168,7 +168,7 @@ def test_native_scan_checks_what_it_is_given() -> None:
 
 
 def test_insisting_on_the_native_part_where_it_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(codec, "_pages", None)
+    monkeypatch.setattr(codec, "page_functions", None)
     with pytest.raises(UsageError, match="not available"):
         PageHasher(0, native=True)
     assert PageHasher(0)._native is None

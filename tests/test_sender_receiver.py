@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from links import beside, channel_pair, peak_bytes
 
 from migrate import pages, wire
 from migrate.channel import Channel, PeerGaveUp
@@ -28,6 +27,7 @@ from migrate.units import MIB, PAGE_SIZE
 from migrate.vm.definition import BackingKind, SlotSpec
 from migrate.vm.memory import MemorySlot
 from migrate.wire import FEATURES, Feature, FrameType, Role
+from tests.links import beside, channel_pair, peak_bytes
 
 SEED = 0x5EED
 CHOICES = pytest.mark.parametrize("choice", ["none", "zstd", "zstd:-5", "auto"])

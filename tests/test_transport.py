@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from links import beside, link_pair, socket_pair
 
 from migrate.errors import HostError, UsageError
 from migrate.transport import MAX_IOV, Address, Link, LinkLost, Listener, connect, parse_uri
 from migrate.units import MIB
+from tests.links import beside, link_pair, socket_pair
 
 FAMILIES = pytest.mark.parametrize("family", ["unix", "tcp"])
 

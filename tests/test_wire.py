@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from links import ERRORS, SESSION, Vector, peak_bytes
 
 from migrate import wire
 from migrate.errors import PeerError
 from migrate.units import MIB, PAGE_SIZE
 from migrate.wire import BATCH_PAGES, LIMITS, Encoding, FrameHeader, FrameType, Role
+from tests.links import ERRORS, SESSION, Vector, peak_bytes
 
 STREAM_HEADERS = [v for v in SESSION if v.frame == "stream header"]
 FRAMES = [v for v in SESSION + ERRORS if v.frame in FrameType.__members__]
