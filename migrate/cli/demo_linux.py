@@ -25,9 +25,9 @@ BOOT_TIMEOUT_S = 120.0
 APPEND = "console=ttyS0 no4lvl"
 
 WORK = (
-    "dd if=/dev/urandom of=/tmp/data bs=64k count=64 2>/dev/null; "
-    "want=$(sha256sum </tmp/data); n=0; echo START-WORK; "
-    "while :; do n=$((n+1)); cp /tmp/data /tmp/copy; got=$(cat /tmp/copy | sha256sum); "
+    "dd if=/dev/urandom of=data bs=64k count=64 2>/dev/null; "
+    "want=$(sha256sum <data); n=0; echo START-WORK; "
+    "while :; do n=$((n+1)); cp data copy; got=$(cat copy | sha256sum); "
     '[ "$got" = "$want" ] && echo "tick $n ok, up $(cut -d" " -f1 /proc/uptime)" '
     '|| echo "WRONG $n"; done\n'
 )
