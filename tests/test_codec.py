@@ -35,7 +35,9 @@ HASHERS = [
     pytest.param(
         True,
         id="native",
-        marks=pytest.mark.skipif(codec.page_functions is None, reason="migrate._pages is not built"),
+        marks=pytest.mark.skipif(
+            codec.page_functions is None, reason="migrate._pages is not built"
+        ),
     ),
 ]
 
