@@ -58,6 +58,7 @@ class Daemon:
         self._nursery: trio.Nursery | None = None
         self._sending: trio.CancelScope | None = None
         self._migration: Json = {}
+        self._moved_to = ""
         self._started_at = time.time()
 
     async def run(self, build: Build, ready: Callable[[Daemon], None], *, paused: bool) -> str:
@@ -103,6 +104,8 @@ class Daemon:
             say(f"machine {self.name!r} was stopped by {self._stop_reason}")
         elif self.machine is not None:
             self.machine.raise_failure()
+        if outcome == State.MIGRATED.value:
+            say(f"machine {self.name!r} runs at {self._moved_to} now")
         return outcome
 
     def stop(self, reason: str) -> None:
@@ -249,6 +252,7 @@ class Daemon:
             connection.emit(event.to_json())
 
         self._migration = {"role": "source", "uri": uri}
+        self._moved_to = arguments["uri"]
         with trio.CancelScope() as self._sending:
             try:
                 report = await migrate_to(machine, uri, options, emit)

@@ -296,12 +296,16 @@ def test_send_and_receive(cli: Cli, scheme: str) -> None:
 
 
 def test_send_for_people(cli: Cli) -> None:
-    cli.run("run", "--name", "a", *BUSY, "--detach")
+    source = cli.background("run", "--name", "a", *BUSY, "--console", "none")
+    until(lambda: cli.state_of("a") == "running", "it runs")
     cli.run("receive", "--listen", f"unix:{cli.runtime}/in", "--name", "b", "--detach")
     text = cli.run("send", "a", f"unix:{cli.runtime}/in", "--downtime-limit", "1s").stdout
     assert re.search(r"^round 0: 4,096 pages", text, re.M)
     assert "completed: the guest runs at unix:" in text
     assert "final-harvest" in text
+    _, errors = source.communicate(timeout=20)
+    assert source.returncode == 0
+    assert "machine 'a' runs at unix:" in errors
 
 
 def test_send_on_a_terminal(cli: Cli) -> None:
