@@ -12,7 +12,7 @@ neither able to, short of losing both hosts:
   From the moment it is sent the source does not run the guest of its own accord;
 - the destination runs the guest only once it has read HANDOVER.
 
-An ERROR from the destination promises that nothing was started there, nor will be, so the source may
+An ERROR from the destination promises that nothing was started there, nor will be: the source may
 run the guest again. If the connection dies between the two instead, or says nothing that can be
 read, nobody can know which side holds the guest. The source then stays paused, says so
 (HandoverUncertain), and an explicit `migrate resume` decides.
