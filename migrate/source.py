@@ -42,6 +42,7 @@ from migrate.units import PAGE_SIZE
 from migrate.wire import FrameType, Role
 
 CURSOR = "migration"
+CONNECT_TIMEOUT_S = 10.0
 NEGOTIATION_TIMEOUT_S = 10.0
 STALL_TIMEOUT_S = 30.0
 """A link that takes or gives nothing at all for so long is lost."""
@@ -86,7 +87,15 @@ async def migrate_to(machine: Machine, uri: str, options: SendOptions, emit: Emi
             await trio.sleep(PROGRESS_INTERVAL_S)
             migration.emit_progress()
 
-    return await run_cancellable(migration.run, migration.abort, progress)
+    async def beside() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(progress)
+            if options.timeout_ns is not None:
+                # The policy looks between rounds only; a round may take for ever.
+                await trio.sleep(options.timeout_ns / 1e9)
+                migration.abort(f"was not done within {options.timeout_ns / 1e9:g} s")
+
+    return await run_cancellable(migration.run, migration.abort, beside)
 
 
 class _Migration:
@@ -103,13 +112,15 @@ class _Migration:
         self._hasher = PageHasher(0)
         self._link: Link | None = None
         self._sender: PageSender | None = None
-        self._aborted = False
+        self._aborted = ""
+        """Why, if somebody called it off."""
         self._report = Report(
             ram_total_bytes=machine.definition.memory_bytes,
             downtime_limit_ms=options.downtime_limit_ns / 1e6,
             compression=str(options.compression),
         )
         self._started_ns = 0
+        self._phase_name = ""
         self._history: list[RoundStats] = []
         self._decision: Decision | None = None
         self._handover_sent = False
@@ -119,10 +130,10 @@ class _Migration:
 
     # -- what other threads may call
 
-    def abort(self) -> None:
+    def abort(self, why: str = "was cancelled") -> None:
         """Any thread: fail as soon as may be, unless the handover is under way."""
         with self._no_return:
-            self._aborted = True
+            self._aborted = self._aborted or why
             if self._link is not None and not self._handover_sent:
                 self._link.abort()
 
@@ -153,7 +164,7 @@ class _Migration:
         self._started_ns = time.monotonic_ns()
         try:
             self._phase("connect")
-            self._link = link = connect(self._address)
+            self._link = link = connect(self._address, self._patience_s(CONNECT_TIMEOUT_S))
             try:
                 self._migrate(Channel(link, Role.SOURCE))
             finally:
@@ -348,7 +359,7 @@ class _Migration:
         """
         with self._no_return:
             if self._aborted:
-                raise MigrationFailed("the migration was cancelled")
+                raise self._called_off()
             self._handover_sent = True
         before = channel.link.bytes_sent
         try:
@@ -398,6 +409,7 @@ class _Migration:
     # -- small things
 
     def _phase(self, name: str) -> None:
+        self._phase_name = name
         self._emit(PhaseEntered(name, self._ms()))
 
     def _ms(self) -> float:
@@ -420,16 +432,27 @@ class _Migration:
             return float(PAGE_SIZE)
         return min(sum(stats.bytes_sent for stats in self._history) / sent, PAGE_SIZE * 1.01)
 
+    def _patience_s(self, seconds: float) -> float:
+        """No longer than all of the migration may take."""
+        limit_ns = self._options.timeout_ns
+        return seconds if limit_ns is None else min(seconds, limit_ns / 1e9)
+
     def _failure(self, error: BaseException) -> BaseException:
         """The error to report: which machine, and where its guest is."""
         name = self._machine.name
         if isinstance(error, LinkLost):
             if self._aborted:
-                return MigrationFailed(f"the migration of {name!r} was cancelled; it stays here")
+                return self._called_off()
             return MigrationFailed(f"machine {name!r} was not migrated, it stays here: {error}")
         if isinstance(error, (MigrateError, PeerError)) or not isinstance(error, Exception):
             return error
         return MigrationFailed(f"machine {name!r} was not migrated, it stays here: {error!r}")
+
+    def _called_off(self) -> MigrationFailed:
+        where = f" (phase {self._phase_name!r})" if self._phase_name else ""
+        return MigrationFailed(
+            f"the migration of machine {self._machine.name!r} {self._aborted}{where}; it stays here"
+        )
 
     def _tell_peer(self, channel: Channel, failure: BaseException) -> None:
         with contextlib.suppress(MigrateError, AssertionError):
