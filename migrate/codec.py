@@ -33,6 +33,9 @@ PAGE_WORDS: Final = PAGE_SIZE // 8
 REGION_PAGES: Final = 512
 """Pages of one digest when tables are compared: a mismatch names 2 MiB."""
 
+SCAN_PAGES: Final = 256
+"""Pages that the numpy scan copies at a time."""
+
 _LOW: Final = np.uint64(0xFFFF_FFFF)
 _U32: Final = np.uint64(32)
 
@@ -89,7 +92,7 @@ class PageHasher:
             return zero.view(np.bool_)
         rows = memory.view(np.uint64).reshape(-1, PAGE_WORDS)
         done = 0
-        for piece in split_ranges(ranges, BATCH_PAGES):
+        for piece in split_ranges(ranges, SCAN_PAGES):
             index = indices(piece)
             pages = rows[index]
             table[index] = _nh(pages, self._key) - self._zero_hash

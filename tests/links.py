@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import struct
 import threading
 import tracemalloc
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from migrate import wire
 from migrate.channel import Channel
 from migrate.transport import Link
 from migrate.wire import Role
@@ -81,6 +84,24 @@ def peak_bytes(work: Callable[[], object]) -> int:
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
+
+
+def frame(
+    kind: int,
+    meta: bytes = b"\x80",
+    *,
+    sequence: int = 0,
+    flags: int = 0,
+    meta_bytes: int | None = None,
+    bulk_bytes: int = 0,
+) -> bytes:
+    """A frame as anybody might make it, its checksums right."""
+    claimed = len(meta) if meta_bytes is None else meta_bytes
+    crc = zlib.crc32(meta)
+    head = wire.FRAME_HEADER.pack(
+        wire.FRAME_MAGIC, kind, flags, sequence, claimed, bulk_bytes, crc, 0
+    )[:-4]
+    return head + struct.pack("<I", zlib.crc32(head)) + meta
 
 
 @dataclass(frozen=True)

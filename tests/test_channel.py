@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import struct
 import time
-import zlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -21,7 +19,7 @@ from migrate.session import TRANSITIONS, Phase
 from migrate.transport import Link, LinkLost
 from migrate.units import MIB
 from migrate.wire import LIMITS, Feature, FrameType, Role
-from tests.links import ERRORS, SESSION, beside, channel_pair, peak_bytes, socket_pair
+from tests.links import ERRORS, SESSION, beside, channel_pair, frame, peak_bytes, socket_pair
 
 ROLES = pytest.mark.parametrize("role", list(Role), ids=lambda role: role.label)
 HEADERS = {v.sender: v for v in SESSION if v.frame == "stream header"}
@@ -55,24 +53,6 @@ def negotiated(role: Role, timeout_s: float = 20.0) -> Iterator[tuple[Channel, s
         channel.negotiate_untrusted()
         assert peer.recv(40, socket.MSG_WAITALL) == HEADERS[role].head
         yield channel, peer
-
-
-def frame(
-    kind: int,
-    meta: bytes = b"\x80",
-    *,
-    sequence: int = 0,
-    flags: int = 0,
-    meta_bytes: int | None = None,
-    bulk_bytes: int = 0,
-) -> bytes:
-    """A frame as anybody might make it, its checksums right."""
-    claimed = len(meta) if meta_bytes is None else meta_bytes
-    crc = zlib.crc32(meta)
-    head = wire.FRAME_HEADER.pack(
-        wire.FRAME_MAGIC, kind, flags, sequence, claimed, bulk_bytes, crc, 0
-    )[:-4]
-    return head + struct.pack("<I", zlib.crc32(head)) + meta
 
 
 # -- the golden session, both ways

@@ -259,7 +259,7 @@ def test_moving_memory_takes_little_of_it() -> None:
         fill(ours[0])
         for choice in ("none", "zstd"):
             with transfer(ours, theirs, choice) as moving:
-                assert peak_bytes(moving.everything) < 24 * MIB
+                assert peak_bytes(moving.everything) < 16 * wire.BATCH_PAGES * PAGE_SIZE
                 moving.assert_equal()
 
 
