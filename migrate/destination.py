@@ -9,6 +9,7 @@ whatever fails before, nothing is started and the machine is thrown away.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,8 +32,11 @@ from migrate.wire import FrameType, Role
 NEGOTIATION_TIMEOUT_S = 10.0
 """For a peer to say who it is and what it brings, all together."""
 STALL_TIMEOUT_S = 30.0
-MAX_NEGOTIATING = 8
+MAX_NEGOTIATING = 16
 """Connections that may be negotiating at once; further ones wait in the kernel's backlog."""
+GRACE_S = 0.5
+"""How long a connection may be silent when others wait. Sources wait NEGOTIATION_TIMEOUT_S: with
+the whole of it for each stranger, a few dozen strangers would keep every source out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +97,27 @@ async def _first_offer(listener: Listener, options: ReceiveOptions, emit: Emit) 
     """Take connections until one of them brings a machine that can be built here."""
     offers: list[_Offer] = []
     building = trio.Lock()
+    introducing: dict[trio.CancelScope, float] = {}
+    """Since when; the first one has been at it the longest."""
     vacancies = trio.Semaphore(MAX_NEGOTIATING)
 
+    async def room_for_one() -> None:
+        """Before accepting: whoever connects and says nothing takes up no descriptors here."""
+        if vacancies.value == 0 and listener.sock is not None:
+            await trio.lowlevel.wait_readable(listener.sock)
+            for limit, since in itertools.islice(introducing.items(), 1):
+                limit.deadline = min(limit.deadline, since + GRACE_S)
+        await vacancies.acquire()
+
     async def consider(link: Link, scope: trio.CancelScope) -> None:
+        since = trio.current_time()
         try:
-            with trio.fail_after(NEGOTIATION_TIMEOUT_S):
-                channel, fields = await run_cancellable(lambda: _introduce(link), link.abort)
+            with trio.fail_after(NEGOTIATION_TIMEOUT_S) as limit:
+                introducing[limit] = since
+                try:
+                    channel, fields = await run_cancellable(lambda: _introduce(link), link.abort)
+                finally:
+                    del introducing[limit]
             async with building:
                 if offers:
                     raise MigrationFailed("another source came first")
@@ -108,7 +127,8 @@ async def _first_offer(listener: Listener, options: ReceiveOptions, emit: Emit) 
                 scope.cancel()
                 return
         except trio.TooSlowError:
-            reason: object = f"it did not introduce itself within {NEGOTIATION_TIMEOUT_S:.0f} s"
+            seconds = trio.current_time() - since
+            reason: object = f"it did not introduce itself within {seconds:.1f} s"
         except MigrateError as error:
             reason = error
         except BaseException:
@@ -124,8 +144,7 @@ async def _first_offer(listener: Listener, options: ReceiveOptions, emit: Emit) 
     try:
         async with trio.open_nursery() as nursery:
             while True:
-                # Before accepting: whoever connects and says nothing takes up no descriptors here.
-                await vacancies.acquire()
+                await room_for_one()
                 if listener.sock is not None:
                     await trio.lowlevel.wait_readable(listener.sock)
                 try:
