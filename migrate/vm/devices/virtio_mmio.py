@@ -179,7 +179,10 @@ class VirtioMmio(MmioDevice):
 
     def _set_status(self, value: int) -> None:
         if value == 0:
+            # Legacy drivers set the page size once, before they reset the device.
+            page_size = self.guest_page_size
             self.reset()
+            self.guest_page_size = page_size
             return
         if value & STATUS_FEATURES_OK and not self.status & STATUS_FEATURES_OK:
             unknown = self.driver_features & ~self._offered()

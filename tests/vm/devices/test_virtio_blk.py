@@ -300,8 +300,9 @@ def test_legacy_registers(disk: Path) -> None:
     """Version 1: page frame numbers, one contiguous queue (section 4.2.4)."""
     rig = Rig(disk, legacy=True)
     assert rig.read(4) == 1
-    rig.write(0x70, 3)
     rig.write(0x28, 4096)
+    rig.write(0x70, 0)  # keeps the page size: Linux sets it before
+    rig.write(0x70, 3)
     rig.write(0x30, 0)
     rig.write(0x38, NUM)
     rig.write(0x3C, 4096)
