@@ -20,7 +20,7 @@ import trio
 from migrate.control import Json, SocketPlace, check_name
 from migrate.control_server import Connection, ControlServer, take_untrusted
 from migrate.dirtylog import Cursor
-from migrate.errors import MachineStateError
+from migrate.errors import HandoverUncertain, MachineStateError
 from migrate.events import Event, Log, PhaseEntered, RoundDone, RoundProgress
 from migrate.machine import Machine, State
 from migrate.options import send_options_untrusted
@@ -257,6 +257,9 @@ class Daemon:
             try:
                 report = await migrate_to(machine, uri, options, emit)
                 return report.to_json()
+            except HandoverUncertain as error:
+                say(str(error))  # whoever asked may have left; the log keeps it
+                raise
             finally:
                 self._sending = None
                 self._migration = {}

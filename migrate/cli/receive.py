@@ -10,8 +10,8 @@ import click
 
 from migrate.cli.common import DETACH_OPTION, JSON_OPTION, SIZE
 from migrate.cli.process import CONSOLE_HELP, Tell, machine_process
-from migrate.control import check_name
-from migrate.errors import MachineStateError
+from migrate.control import check_name, socket_path
+from migrate.errors import MachineStateError, MigrateError
 from migrate.units import format_size
 
 if TYPE_CHECKING:
@@ -86,11 +86,17 @@ def _build(uri: str, name: str | None, prealloc_bytes: int, tell: Tell) -> Build
             reserve = await trio.to_thread.run_sync(MemoryReserve, prealloc_bytes)
 
         def make_machine(definition: MachineDefinition) -> Machine:
-            daemon.phase = "receiving"
             if name is not None:
                 definition = dataclasses.replace(definition, name=name)
+            # A peer's: it will be a file's name here, after the guest has been taken over.
+            socket_path(definition.name)
             say(f"{definition.name!r} is coming, {format_size(definition.memory_bytes)} of memory")
-            return Machine.create(definition, daemon.console, reserve=reserve)
+            daemon.phase = "receiving"
+            try:
+                return Machine.create(definition, daemon.console, reserve=reserve)
+            except BaseException:
+                daemon.phase = "listening"  # for another, which can be built here
+                raise
 
         def on_listening(address: str) -> None:
             daemon.phase = "listening"
@@ -115,11 +121,17 @@ async def take_name(daemon: Daemon, name: str) -> None:
     """Call the machine what it was called at the source, as soon as nobody else here is."""
     import trio
 
+    from migrate.daemon import say
+
     with trio.move_on_after(RENAME_S):
         while True:
             try:
                 daemon.rename(name)
             except MachineStateError:
                 await trio.sleep(0.05)
+            except MigrateError as error:
+                say(f"the machine goes on as {daemon.name!r}: {error}")
+                return
             else:
                 return
+    say(f"the machine goes on as {daemon.name!r}: the name {name!r} is taken here")
