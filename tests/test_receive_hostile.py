@@ -127,7 +127,7 @@ def test_whatever_comes_first_the_listener_stays_usable(tmp_path: Path) -> None:
 
     async def main() -> None:
         guest = make_guest(tmp_path, 2)
-        guest.machine.start()
+        await guest.machine.resume()
         async with receiving() as it:
             for what, (data, why) in OPENINGS.items():
                 heard = await say(it.address, data)
@@ -219,7 +219,7 @@ def test_silent_connections_are_ended_and_others_get_their_turn(
 
     async def main() -> None:
         guest = make_guest(tmp_path, 2)
-        guest.machine.start()
+        await guest.machine.resume()
         async with receiving() as it:
             where = parse_uri(it.address)
             before = len(list(descriptors.iterdir()))
