@@ -204,10 +204,10 @@ def test_time_limits() -> None:
     (table,) = tables_of("Time limits")
     seconds = {row["limit"]: float(row["seconds"]) for row in table}
     for module in (source, destination):
-        assert seconds == {
-            "negotiation": module.NEGOTIATION_TIMEOUT_S,
-            "stall": module.STALL_TIMEOUT_S,
-        }
+        assert seconds["negotiation"] == module.NEGOTIATION_TIMEOUT_S
+        assert seconds["stall"] == module.STALL_TIMEOUT_S
+    assert seconds["grace"] == destination.GRACE_S
+    assert len(seconds) == 3
     assert f"talks to {destination.MAX_NEGOTIATING} connections" in DOCUMENT
 
 
