@@ -329,6 +329,9 @@ class Board:
         if self.sbi is not None:
             self.sbi.load_untrusted(fields["sbi"])
         self.scheduler.load_untrusted(fields["scheduler"])
+        # A switch of harts breaks the reservation of the one that goes out; the next switch has to
+        # be one here exactly when it is one where the state comes from.
+        self.core.select(self.scheduler.last_hart)
         self.core.forget_code()
 
     @property
