@@ -17,6 +17,7 @@ from typing import Any
 
 import trio
 
+from migrate.admission import check_admission
 from migrate.channel import Channel
 from migrate.codec import PageHasher
 from migrate.concurrency import run_cancellable
@@ -41,9 +42,12 @@ the whole of it for each stranger, a few dozen strangers would keep every source
 
 @dataclass(frozen=True, slots=True)
 class ReceiveOptions:
-    """`make_machine` builds a paused machine (it chooses name, console and memory)."""
+    """`make_machine` builds a paused machine (it chooses name, console and memory). `allowed`:
+    directories whose files a source on another host may name, see `admission.py`.
+    """
 
     make_machine: Callable[[MachineDefinition], Machine]
+    allowed: tuple[str, ...] = ()
 
 
 Emit = Callable[[Event], None]
@@ -121,8 +125,7 @@ async def _first_offer(listener: Listener, options: ReceiveOptions, emit: Emit) 
             async with building:
                 if offers:
                     raise MigrationFailed("another source came first")
-                make = options.make_machine
-                offer = await trio.to_thread.run_sync(_prepare, channel, fields, make)
+                offer = await trio.to_thread.run_sync(_prepare, channel, fields, options)
                 offers.append(offer)
                 scope.cancel()
                 return
@@ -188,9 +191,7 @@ def _introduce(link: Link) -> tuple[Channel, dict[str, Any]]:
         raise
 
 
-def _prepare(
-    channel: Channel, fields: dict[str, Any], make: Callable[[MachineDefinition], Machine]
-) -> _Offer:
+def _prepare(channel: Channel, fields: dict[str, Any], options: ReceiveOptions) -> _Offer:
     """Build the machine and say so. Raises PeerError, StateFormatError, UsageError, HostError."""
     try:
         if fields["page_size"] != PAGE_SIZE:
@@ -200,8 +201,9 @@ def _prepare(
         if not 0 <= fields["hash_seed"] < 1 << 64:
             raise channel.breach("the hash seed is out of range")
         definition = definition_from_untrusted(fields["machine"])
+        check_admission(definition, local_source=channel.link.local, allowed=options.allowed)
         try:
-            machine = make(definition)
+            machine = options.make_machine(definition)
         except MigrateError:
             raise
         except Exception as error:  # a definition that nobody thought of

@@ -131,6 +131,12 @@ class Machine:
     def state(self) -> State:
         return self._state
 
+    @property
+    def meant_to_run(self) -> bool:
+        """Whether the vcpus run, or will as soon as their thread comes to it."""
+        with self._changed:
+            return self._run and self._state not in ENDED
+
     def start(self) -> None:
         """Run the vcpus; returns at once. Raises MachineStateError when the guest has ended."""
         with self._changed:

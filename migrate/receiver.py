@@ -14,11 +14,14 @@ from migrate import pages, wire
 from migrate.channel import Channel, Frame
 from migrate.codec import REGION_PAGES, Decompressor, PageHasher, indices, split_ranges
 from migrate.errors import PeerError
+from migrate.pages import Ranges
 from migrate.units import PAGE_SIZE
 from migrate.vm.definition import BackingKind
 from migrate.vm.memory import MemorySlot
 from migrate.wire import Encoding, FrameType
 
+STEP_PAGES: Final = 128
+"""Pages that are received and then hashed while a core's own cache still holds them."""
 ZERO_STEP_PAGES: Final = 1 << 16
 """Pages whose numbers are spelled out at a time."""
 
@@ -55,23 +58,24 @@ class PageReceiver:
                 self._zero(slot, meta)
             elif meta.encoding is Encoding.RAW:
                 view = slot.view
-                self._channel.link.receive_into(
-                    [view[a * PAGE_SIZE : b * PAGE_SIZE] for a, b in meta.ranges.tolist()]
-                )
-                self._arrived(slot, meta)
+                for piece in split_ranges(meta.ranges, STEP_PAGES):
+                    self._channel.link.receive_into(
+                        [view[a * PAGE_SIZE : b * PAGE_SIZE] for a, b in piece.tolist()]
+                    )
+                    self._arrived(slot, meta.slot, piece)
             else:
                 packed = memoryview(self._packed)[: frame.bulk_bytes]
                 self._channel.link.receive_into([packed])
                 data = self._decompressor.decompress_untrusted(packed, meta.n_pages)
                 rows = slot.array.reshape(-1, PAGE_SIZE)
                 rows[indices(meta.ranges)] = data.reshape(-1, PAGE_SIZE)
-                self._arrived(slot, meta)
+                self._arrived(slot, meta.slot, meta.ranges)
         except PeerError as error:
             raise self._channel.breach(error.reason) from None
 
-    def _arrived(self, slot: MemorySlot, meta: wire.PagesMeta) -> None:
-        self._hasher.scan(slot.array, meta.ranges, self.tables[meta.slot])
-        self._written[meta.slot][indices(meta.ranges)] = True
+    def _arrived(self, slot: MemorySlot, number: int, ranges: Ranges) -> None:
+        self._hasher.scan(slot.array, ranges, self.tables[number])
+        self._written[number][indices(ranges)] = True
 
     def _zero(self, slot: MemorySlot, meta: wire.PagesMeta) -> None:
         """Writes only where something else may be: a page that stays zero is not touched."""

@@ -33,7 +33,7 @@ from migrate.errors import (
     PeerError,
 )
 from migrate.events import Event, Log, PhaseEntered, RoundDone, RoundProgress
-from migrate.machine import Machine, State
+from migrate.machine import Machine
 from migrate.policy import Decision, DowntimePolicy, Policy, RoundStats, Verdict
 from migrate.report import Report, RoundReport
 from migrate.sender import PageSender
@@ -160,7 +160,7 @@ class _Migration:
 
     def run(self) -> Report:
         machine, report = self._machine, self._report
-        self._was_running = machine.state is State.RUNNING
+        self._was_running = machine.meant_to_run
         self._started_ns = time.monotonic_ns()
         try:
             self._phase("connect")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
 import os
 import re
 import socket
@@ -84,6 +85,8 @@ class Link:
     def __init__(self, sock: socket.socket, peer: str) -> None:
         self._sock = sock
         self.peer = peer
+        self.local = _is_local(sock)
+        """Whether the other end is on this host."""
         self.bytes_sent = 0
         self.bytes_received = 0
         self._timeout_s: float | None = None
@@ -186,6 +189,16 @@ class Link:
     def close(self) -> None:
         """Close; what was sent is still delivered."""
         self._sock.close()
+
+
+def _is_local(sock: socket.socket) -> bool:
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return True
+    try:
+        host: str = sock.getpeername()[0]
+        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except (OSError, ValueError):
+        return False
 
 
 def connect(address: Address, timeout_s: float = 10.0) -> Link:

@@ -49,8 +49,8 @@ assert PAGES_META.size == 12
 FLAG_OPTIONAL: Final = 1
 """A reader that does not know the type skips the frame."""
 
-BATCH_PAGES: Final = 256
-"""Pages of one PAGES frame at most: 1 MiB, which caches hold while it is hashed and sent."""
+BATCH_PAGES: Final = 1024
+"""Pages of one PAGES frame at most: 4 MiB, which the last-level cache holds until it is sent."""
 MAX_RANGES: Final = 65536
 
 

@@ -42,6 +42,14 @@ RENAME_S = 5.0
     metavar="SIZE",
     help="Touch so much memory now, so that the stream need not (default 0).",
 )
+@click.option(
+    "--allow",
+    "allowed",
+    multiple=True,
+    metavar="DIR",
+    help="A source on another host may name files in DIR for disks and memory slots; one on this"
+    " host may name any. Any number of times (default: none).",
+)
 @DETACH_OPTION
 @JSON_OPTION
 def receive_command(
@@ -49,6 +57,7 @@ def receive_command(
     name: str | None,
     console: str | None,
     prealloc: int | None,
+    allowed: tuple[str, ...],
     detach: bool,
     as_json: bool,
 ) -> int:
@@ -61,7 +70,7 @@ def receive_command(
     first_name = check_name(name) if name else f"incoming-{os.getpid()}"
 
     def make_build(tell: Tell) -> Build:
-        return _build(uri, name, prealloc or 0, tell)
+        return _build(uri, name, prealloc or 0, allowed, tell)
 
     def describe(fields: dict[str, Any]) -> str:
         return f"machine {fields['name']!r} (process {fields['pid']}) listens at {fields['uri']}"
@@ -71,7 +80,9 @@ def receive_command(
     )
 
 
-def _build(uri: str, name: str | None, prealloc_bytes: int, tell: Tell) -> Build:
+def _build(
+    uri: str, name: str | None, prealloc_bytes: int, allowed: tuple[str, ...], tell: Tell
+) -> Build:
     import trio
 
     from migrate.daemon import say
@@ -106,7 +117,8 @@ def _build(uri: str, name: str | None, prealloc_bytes: int, tell: Tell) -> Build
             daemon.note(event)
 
         try:
-            machine = await receive(uri, ReceiveOptions(make_machine), emit, on_listening)
+            options = ReceiveOptions(make_machine, allowed)
+            machine = await receive(uri, options, emit, on_listening)
         finally:
             if reserve is not None:
                 reserve.close()

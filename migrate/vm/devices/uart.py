@@ -89,7 +89,8 @@ class Uart(MmioDevice):
     def emit(self, data: bytes) -> None:
         """Transmit what does not come through the registers, in its order with what does."""
         self._tx += data
-        if len(self._tx) >= FLUSH_BYTES:
+        # A line is shown when it is whole; what has none waits for the end of the turn.
+        if len(self._tx) >= FLUSH_BYTES or data.endswith(b"\n"):
             self.flush()
 
     def flush(self) -> None:
