@@ -1,7 +1,11 @@
 """The platform-level interrupt controller as on QEMU's virt board (layer 2).
 
-Two contexts a hart: 2 * hart is its machine mode, 2 * hart + 1 its supervisor mode. Sources are
-level-triggered: pending while the line is high and nobody has claimed it.
+Two contexts a hart: 2 * hart is its machine mode, 2 * hart + 1 its supervisor mode.
+
+A source becomes pending each time its device says that its line is high, until it is claimed or
+the line falls. A line that merely stays high after a completion is not a new interrupt: so it is on
+QEMU's board, and drivers written there (xv6's for the UART) never take their transmit interrupt
+back.
 Source: RISC-V Platform-Level Interrupt Controller Specification 1.0.
 """
 
@@ -29,14 +33,14 @@ _ALL: Final = (1 << SOURCES) - 2
 
 
 class Plic(MmioDevice):
-    """Bit i of `levels`, `claimed` and the enables is source i."""
+    """Bit i of `pending`, `claimed` and the enables is source i."""
 
     KIND = "riscv-plic"
     VERSION = 1
     SIZE: ClassVar[int] = 0x60_0000
     FIELDS = (
         Field("priority", list, bits=3, max_length=SOURCES),
-        Field("level_words", list, bits=32, max_length=SOURCES // 32),
+        Field("pending_words", list, bits=32, max_length=SOURCES // 32),
         Field("claimed_words", list, bits=32, max_length=SOURCES // 32),
         Field("enable_words", list, bits=32, max_length=64 * 2 * SOURCES // 32),
         Field("threshold", list, bits=3, max_length=64 * 2),
@@ -50,19 +54,19 @@ class Plic(MmioDevice):
     def reset(self) -> None:
         self.priority = [0] * SOURCES
         self.threshold = [0] * self._contexts
-        self._levels = 0
+        self._pending = 0
         self._claimed = 0
         self._enables = [0] * self._contexts
         self._drive_all()
 
     # The masks are what the device works on; what travels is words of 32 bits.
     @property
-    def level_words(self) -> list[int]:
-        return _to_words(self._levels)
+    def pending_words(self) -> list[int]:
+        return _to_words(self._pending)
 
-    @level_words.setter
-    def level_words(self, words: list[int]) -> None:
-        self._levels = _from_words(words)
+    @pending_words.setter
+    def pending_words(self, words: list[int]) -> None:
+        self._pending = _from_words(words)
 
     @property
     def claimed_words(self) -> list[int]:
@@ -87,7 +91,7 @@ class Plic(MmioDevice):
             len(self.threshold) == len(self._enables) == self._contexts,
             f"state of {len(self.threshold)} contexts, this machine has {self._contexts}",
         )
-        masks = (self._levels, self._claimed, *self._enables)
+        masks = (self._pending, self._claimed, *self._enables)
         self.refuse_unless(all(mask & ~_ALL == 0 for mask in masks), "source 0 does not exist")
         self._drive_all()
 
@@ -96,9 +100,11 @@ class Plic(MmioDevice):
         bit = 1 << source
 
         def set_level(level: bool) -> None:
-            if bool(self._levels & bit) != level:
-                self._levels ^= bit
-                self._update()
+            # Called often, and seldom with news.
+            if bool(self._pending & bit) != level:
+                self._pending ^= bit
+                if not self._claimed & bit:
+                    self._update()
 
         return set_level
 
@@ -148,13 +154,9 @@ class Plic(MmioDevice):
                 return self._claim(context)
         return 0
 
-    @property
-    def _pending(self) -> int:
-        return self._levels & ~self._claimed
-
     def _best(self, context: int, threshold: int) -> int:
         """The source of the highest priority over `threshold`, the lowest number first; or 0."""
-        candidates = self._pending & self._enables[context]
+        candidates = self._pending & ~self._claimed & self._enables[context]
         best = 0
         while candidates:
             bit = candidates & -candidates
@@ -168,6 +170,7 @@ class Plic(MmioDevice):
         # Claiming is not masked by the threshold; only the interrupt is (section 7).
         source = self._best(context, 0)
         if source:
+            self._pending &= ~(1 << source)
             self._claimed |= 1 << source
             self._update()
         return source

@@ -142,9 +142,9 @@ class Uart(MmioDevice):
                     self.receive(bytes((value,)))
                 else:
                     self.emit(bytes((value,)))
-                if not self.thre_pending:
-                    self.thre_pending = True
-                    self._update()
+                # Sent at once: each byte is an interrupt of its own.
+                self.thre_pending = True
+                self._update()
             case 1:
                 if self.lcr & LCR_DLAB:
                     self.divisor = (self.divisor & 0xFF) | value << 8

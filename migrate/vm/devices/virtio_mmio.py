@@ -184,10 +184,9 @@ class VirtioMmio(MmioDevice):
             self.reset()
             self.guest_page_size = page_size
             return
-        if value & STATUS_FEATURES_OK and not self.status & STATUS_FEATURES_OK:
-            unknown = self.driver_features & ~self._offered()
-            if unknown or not (self.legacy or self.driver_features & F_VERSION_1):
-                value &= ~STATUS_FEATURES_OK
+        # VERSION_1 is not insisted on: xv6's driver, for one, never looks at that half.
+        if not self.status & STATUS_FEATURES_OK and self.driver_features & ~self._offered():
+            value &= ~STATUS_FEATURES_OK
         self.status = value | self.status & STATUS_NEEDS_RESET
 
     def _set_pfn(self, queue: int, pfn: int) -> None:

@@ -108,10 +108,16 @@ def test_plic_delivers_the_highest_priority_first(wires: Wires) -> None:
     claim = 0x201004
     assert [plic.mmio_read(claim, 4) for _ in range(4)] == [3, 4, 2, 0]
     assert wires.mip[0] == 0
-    plic.mmio_write(claim, 4, 4)  # the line is still high: pending again
+    plic.mmio_write(claim, 4, 4)
+    assert wires.mip[0] == 0  # a line that stays high is no news
+    plic.line(4)(True)
     assert wires.mip[0] == MIP_SEIP
     plic.line(4)(False)
     assert wires.mip[0] == 0
+    plic.line(3)(True)  # in service: delivered after the completion
+    assert wires.mip[0] == 0
+    plic.mmio_write(claim, 4, 3)
+    assert wires.mip[0] == MIP_SEIP
 
 
 def test_plic_threshold_masks_the_interrupt_not_the_claim(wires: Wires) -> None:
@@ -125,6 +131,7 @@ def test_plic_threshold_masks_the_interrupt_not_the_claim(wires: Wires) -> None:
     assert plic.mmio_read(0x202004, 4) == 7
     plic.mmio_write(0x202000, 4, 2)
     plic.mmio_write(0x202004, 4, 7)
+    plic.line(7)(True)
     assert wires.mip[1] == MIP_MEIP
 
 

@@ -73,6 +73,17 @@ def test_transmit_interrupt_is_cleared_by_reading_its_cause(line: Line) -> None:
     assert line.level
 
 
+def test_each_byte_sent_raises_the_line_anew(line: Line) -> None:
+    """For drivers that never read the cause; the PLIC takes each call as an interrupt."""
+    raised: list[bool] = []
+    line.uart = Uart(raised.append, line.sent.append)
+    line.write(IER, 2)
+    raised.clear()
+    for byte in b"abc":
+        line.write(THR, byte)
+    assert raised == [True] * 3
+
+
 def test_received_data_come_before_the_transmitter(line: Line) -> None:
     line.write(IER, 3)
     line.uart.receive(b"x")
