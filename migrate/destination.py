@@ -17,6 +17,7 @@ from typing import Any
 
 import trio
 
+from migrate import wire
 from migrate.admission import check_admission
 from migrate.channel import Channel
 from migrate.codec import PageHasher
@@ -242,6 +243,7 @@ class _Reception:
         """From the first round to the running guest (worker thread)."""
         channel, name = self._channel, self._machine.name
         try:
+            self._rehearse()
             self._phase("rounds")
             receiver = PageReceiver(channel, self._hasher, self._machine.memory.slots)
             self._rounds(receiver)
@@ -262,6 +264,13 @@ class _Reception:
             if not self.took_over:
                 _tell_peer(channel, error)
             raise
+
+    def _rehearse(self) -> None:
+        """Load the machine's own state once, so that in the downtime nothing happens for the first
+        time: modules are imported, code and memory are warm.
+        """
+        state = wire.unpack_untrusted(wire.pack({"state": self._machine.save()}), "a rehearsal")
+        self._machine.load_untrusted(state["state"])
 
     def _rounds(self, receiver: PageReceiver) -> None:
         """Pages until the source says that the rest is on its way, guest standing."""

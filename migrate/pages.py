@@ -17,6 +17,7 @@ Ranges: TypeAlias = npt.NDArray[np.int64]
 _Pages: TypeAlias = npt.NDArray[np.int64]
 
 WORD_BITS = 64
+_SPARSE_SHARE = 8
 _WORD_SHIFT = 6
 _FEW_RANGES = 32
 _RANGES_AT_ONCE = 4096  # temporaries that stay in the cache
@@ -63,8 +64,18 @@ def from_bools(flags: npt.NDArray[np.bool_]) -> Bitmap:
 
 def to_ranges(bitmap: Bitmap, n_pages: int) -> Ranges:
     """The runs of set pages, shape (k, 2)."""
-    if not bitmap.any():
+    words = np.flatnonzero(bitmap)
+    if len(words) == 0:
         return np.empty((0, 2), dtype=np.int64)
+    if len(words) * _SPARSE_SHARE < len(bitmap):
+        # The last round's few pages, in the downtime: only the words that have any are unpacked.
+        bits = np.unpackbits(bitmap[words].view(np.uint8), bitorder="little")
+        row, column = np.nonzero(bits.reshape(-1, WORD_BITS))
+        numbers = words[row] * WORD_BITS + column
+        cuts = np.flatnonzero(np.diff(numbers) != 1)
+        first = numbers[np.concatenate(([0], cuts + 1))]
+        last = numbers[np.concatenate((cuts, [len(numbers) - 1]))]
+        return np.stack((first, last + 1), axis=1).astype(np.int64, copy=False)
     edged = np.zeros(n_pages + 2, dtype=np.int8)
     edged[1:-1] = to_bools(bitmap, n_pages)
     return np.flatnonzero(np.diff(edged)).astype(np.int64).reshape(-1, 2)
