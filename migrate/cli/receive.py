@@ -89,9 +89,12 @@ def _build(
     from migrate.destination import ReceiveOptions, receive
     from migrate.machine import Machine
     from migrate.vm.reserve import MemoryReserve
+    from migrate.vm.riscv64.core import native_problem
 
     async def build(daemon: Daemon) -> Machine:
         reserve = None
+        # The engine's self-test, once a process: not while a source waits.
+        await trio.to_thread.run_sync(native_problem)
         if prealloc_bytes:
             daemon.phase = "preparing"
             reserve = await trio.to_thread.run_sync(MemoryReserve, prealloc_bytes)
