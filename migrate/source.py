@@ -46,6 +46,8 @@ CONNECT_TIMEOUT_S = 10.0
 NEGOTIATION_TIMEOUT_S = 10.0
 STALL_TIMEOUT_S = 30.0
 """A link that takes or gives nothing at all for so long is lost."""
+STANDSTILL_TIMEOUT_S = 10.0
+"""The same while the guest stands still for it, up to the handover."""
 PROGRESS_INTERVAL_S = 0.2
 FIRST_GUESS_BYTES_PER_S = 1e9
 
@@ -309,6 +311,8 @@ class _Migration:
         """Stop the guest, send the rest and the state, hand over: the downtime."""
         machine, sender, report = self._machine, self._sender, self._report
         assert sender is not None
+        if not self._options.verify:  # hashing all of a large memory may take its time
+            channel.link.set_timeout(STANDSTILL_TIMEOUT_S)
         marks = [time.monotonic_ns()]
         machine.pause_now()
         marks.append(time.monotonic_ns())
@@ -361,6 +365,8 @@ class _Migration:
             if self._aborted:
                 raise self._called_off()
             self._handover_sent = True
+        # Now patience costs less than an outcome that people have to find out.
+        channel.link.set_timeout(STALL_TIMEOUT_S)
         before = channel.link.bytes_sent
         try:
             channel.send_map(FrameType.HANDOVER)
