@@ -63,8 +63,12 @@ async def attach(console: Console, stream: trio.abc.Stream) -> None:
     """
 
     async def read() -> None:
-        async for data in stream:
-            await type_into(console, bytes(data))
+        # Of a connection that is reset both directions may learn at once: no error leaves here.
+        with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            async for data in stream:
+                await type_into(console, bytes(data))
+            return
+        nursery.cancel_scope.cancel()
 
     with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
         async with open_nursery() as nursery:

@@ -17,9 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import trio
 
 from migrate import wire
+from migrate.terminal import attach
 from migrate.units import MIB
+from migrate.vm.console import Console
 from migrate.vm.definition import MachineDefinition, SlotSpec
 from migrate.wire import FrameType, Role
 from tests.cli.cli_process import Cli, gone, until
@@ -78,7 +81,7 @@ def slot(**changes: object) -> dict[str, object]:
 OPENINGS = {
     "HTTP": (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" + b"x" * 40, "'negotiate'.*magic"),
     "zeros": (bytes(4096), "'negotiate'.*magic"),
-    "short": (HELLO[:17], "closed the connection"),
+    "short": (HELLO[:17], "closed the connection.*'negotiate'"),
     "a damaged hello": (HELLO[:20] + b"\xff" + HELLO[21:], "'negotiate'.*checksum"),
     "no frame": (HELLO + bytes(64), "'configure'.*damaged"),
     "too long a frame": (HELLO + claims(1 << 31, 0), "'configure'.*claims 2147483648"),
@@ -87,7 +90,7 @@ OPENINGS = {
                     "'configure'.*out of order"),
     "not msgpack": (HELLO + wire.encode_frame(FrameType.CONFIGURE, 0, b"\xdf\xff\xff\xff\xff"),
                     "'configure'.*msgpack"),
-    "half a frame": (HELLO + configure()[:60], "closed the connection"),
+    "half a frame": (HELLO + configure()[:60], "closed the connection.*'prepare'"),
     "99 vcpus": (HELLO + configure(cpus=99), "99 vcpus"),
     "no memory like that": (HELLO + configure(slots=[slot(size_bytes=1 << 50)]), "size"),
     "overlapping slots": (HELLO + configure(slots=[slot(), slot(name="b")]), "overlap"),
@@ -322,3 +325,35 @@ def test_peak_memory(cli: Cli, tmp_path: Path) -> None:
         over_mb = (peaks[side.name] * 1024 - size_mib * MIB) / 1e6
         print(f"{side.name}: {over_mb:.0f} MB over the guest's RAM")
         assert over_mb < 200, side.name
+
+
+def test_a_name_that_is_taken_costs_its_owner_nothing(cli: Cli) -> None:
+    """Not even its log."""
+    here = Sides(cli).guest()
+    log = cli.runtime / f"{here.name}.log"
+    inode = log.stat().st_ino
+    for command in (["run"], ["receive", "--listen", "tcp:127.0.0.1:0"]):
+        done = cli.run(*command, "--name", here.name, "--detach", code=3)
+        assert "runs already" in done.stderr
+    assert log.stat().st_ino == inode
+    cli.run("stop", here.name)
+    here.ended()
+    assert not log.exists()
+    cli.run("run", "--name", "x", "--firmware", "/nonexistent/fw", "--detach", code=5)
+    assert not list(cli.runtime.glob("*.log")), "an empty log is no use to anybody"
+
+
+def test_a_console_client_that_vanished() -> None:
+    """Reading and writing both fail, in the same moment: the console's end, and no error."""
+
+    async def main() -> None:
+        ours, theirs = trio.socket.socketpair()
+        await ours.send(b"unread: closing resets the connection")
+        theirs.close()
+        console = Console()
+        console.write(b"output")
+        with trio.fail_after(5):
+            await attach(console, trio.SocketStream(ours))
+        ours.close()
+
+    trio.run(main)
