@@ -124,7 +124,7 @@ class SocketPlace:
             return
         path = socket_path(name)
         with _directory_lock():
-            _refuse_taken(name, path)
+            refuse_taken(name, path)
             assert self._path is not None
             self._path.rename(path)
             self._path = path
@@ -144,7 +144,7 @@ class SocketPlace:
         path = socket_path(name)
         temporary = path.with_name(f".{os.getpid()}.new")
         with _directory_lock():
-            _refuse_taken(name, path)
+            refuse_taken(name, path)
             try:
                 temporary.unlink(missing_ok=True)
                 self.listener.bind(os.fspath(temporary))
@@ -170,7 +170,8 @@ def _directory_lock() -> Iterator[None]:
         os.close(fd)
 
 
-def _refuse_taken(name: str, path: Path) -> None:
+def refuse_taken(name: str, path: Path) -> None:
+    """Raises MachineStateError if a machine of this name answers there."""
     probe = _connect(path)
     if probe is not None:
         probe.close()

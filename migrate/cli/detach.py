@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from migrate.cli.common import error_line, fail_with
-from migrate.control import RemoteError, log_path
+from migrate.control import RemoteError, log_path, refuse_taken, socket_path
 from migrate.errors import HostError
 
 Ready = Callable[[dict[str, Any]], None]
@@ -29,6 +29,7 @@ def in_background(name: str, work: Callable[[Ready], int]) -> dict[str, Any]:
     Raises the child's error where it fails before it is ready.
     """
     log = log_path(name)
+    refuse_taken(name, socket_path(name))  # the log is that machine's
     reading, writing = os.pipe2(os.O_CLOEXEC)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -68,7 +69,7 @@ def _child(log: Path, writing: int, work: Callable[[Ready], int]) -> NoReturn:
         os.close(null)
         os.close(out)
         code = _work(writing, work)
-        if code == 0:
+        if code == 0 or os.fstat(1).st_size == 0:
             with contextlib.suppress(OSError):
                 if log.stat().st_ino == inode:
                     log.unlink()
