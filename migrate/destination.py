@@ -140,7 +140,8 @@ async def _first_offer(listener: Listener, options: ReceiveOptions, emit: Emit) 
             raise
         finally:
             vacancies.release()
-        emit(Log(f"a connection from {link.peer} was turned away: {reason}"))
+        why = str(reason).removeprefix(f"{link.peer}: ")
+        emit(Log(f"a connection from {link.peer} was turned away: {why}"))
         link.close()
         if listener.sock is None:
             raise MigrationFailed(f"the connection {listener.address} was no use: {reason}")
@@ -190,6 +191,8 @@ def _introduce(link: Link) -> tuple[Channel, dict[str, Any]]:
     except PeerError as error:
         _tell_peer(channel, error)
         raise
+    except LinkLost as error:
+        raise LinkLost(f"{error} (phase {channel.phase.value!r})") from None
 
 
 def _prepare(channel: Channel, fields: dict[str, Any], options: ReceiveOptions) -> _Offer:

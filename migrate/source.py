@@ -449,7 +449,10 @@ class _Migration:
         if isinstance(error, LinkLost):
             if self._aborted:
                 return self._called_off()
-            return MigrationFailed(f"machine {name!r} was not migrated, it stays here: {error}")
+            return MigrationFailed(
+                f"machine {name!r} was not migrated, it stays here: {error}"
+                f" (phase {self._phase_name!r})"
+            )
         if isinstance(error, (MigrateError, PeerError)) or not isinstance(error, Exception):
             return error
         return MigrationFailed(f"machine {name!r} was not migrated, it stays here: {error!r}")

@@ -38,6 +38,7 @@ def stays(source: Side, errors: str) -> None:
     assert len(errors.strip().splitlines()) == 1, errors
     assert f"machine '{source.name}'" in errors
     assert "stays here" in errors or "runs on here" in errors, errors
+    assert "phase" in errors or "gave up" in errors, errors
     assert source.state == "running"
     source.lives()
     source.verify()
