@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml tools/setup.sh
 	@touch $@
 
 # The compiled parts are optional: without them all works, more slowly, and the program says so.
-$(NATIVE): $(STAMP) setup.py $(wildcard migrate/*.[ch] migrate/vm/riscv64/*.[ch])
+$(NATIVE): $(STAMP) setup.py $(wildcard migrate/*.[ch] migrate/vm/riscv64/compiled/*.[ch])
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 

@@ -24,7 +24,6 @@ except ImportError:
     _engine = None  # type: ignore[assignment]
 
 _PMP: Final = struct.Struct("<16B16Q")
-_INTERNALS: Final = ("tb_invalidate_phys_page_fast_riscv64", "tlb_reset_dirty_by_vaddr_riscv64")
 _ENDS: Final = {
     1: Reason.BUDGET,
     2: Reason.DEADLINE,
@@ -50,7 +49,7 @@ def bind() -> None:
         raise NativeUnavailable("the extension migrate.vm.riscv64._engine is not built")
     lib = library()
     symbols: dict[str, int] = {}
-    for name in (*_engine.SYMBOLS, *_INTERNALS):
+    for name in _engine.SYMBOLS:
         try:
             address = ctypes.cast(getattr(lib, name), ctypes.c_void_p).value
         except AttributeError:
