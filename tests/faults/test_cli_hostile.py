@@ -197,6 +197,8 @@ def damaged(stream: bytes, how: str, chance: random.Random) -> tuple[bytes, int,
         case "cut":
             return stream[: chance.randrange(start, end)], 6, r"phase '(round|final)'"
         case "bit of a page":
+            # Of the last ones: what is sent again later heals.
+            _, _, after_meta, end = pages[-1]
             at = chance.randrange(after_meta, end)
             flipped = bytes([stream[at] ^ 1 << chance.randrange(8)])
             return stream[:at] + flipped + stream[at + 1 :], 4, "memory arrived damaged"
