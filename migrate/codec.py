@@ -30,6 +30,7 @@ HashTable = npt.NDArray[np.uint64]
 """One hash a page of a slot; 0 is a page of zeros."""
 
 PAGE_WORDS: Final = PAGE_SIZE // 8
+_FEW_RANGES: Final = 16
 REGION_PAGES: Final = 512
 """Pages of one digest when tables are compared: a mismatch names 2 MiB."""
 
@@ -110,6 +111,44 @@ class PageHasher:
             digests = np.append(digests, rest @ self._region_key[: len(rest)])
         little_endian: npt.NDArray[np.uint64] = digests.astype("<u8")
         return little_endian
+
+
+class RegionDigests:
+    """The digests of a table that changes a little at a time.
+
+    Before the guest stands still all of it is summed up; in the downtime only the regions that the
+    last pages lie in are.
+    """
+
+    def __init__(self, hasher: PageHasher, table: HashTable) -> None:
+        self._hasher = hasher
+        self._table = table
+        self._digests = hasher.region_digests(table)
+        self._stale = np.zeros(len(self._digests), dtype=np.bool_)
+
+    def changed(self, ranges: Ranges) -> None:
+        """The table was written at the pages of `ranges`."""
+        if len(ranges) <= _FEW_RANGES:
+            for first, end in ranges.tolist():
+                self._stale[first // REGION_PAGES : (end - 1) // REGION_PAGES + 1] = True
+        else:
+            # The ranges of a bitmap or a frame: each spans little, and they are many.
+            self._stale[ranges[:, 0] // REGION_PAGES] = True
+            self._stale[(ranges[:, 1] - 1) // REGION_PAGES] = True
+            for first, end in ranges[ranges[:, 1] - ranges[:, 0] > REGION_PAGES].tolist():
+                self._stale[first // REGION_PAGES : (end - 1) // REGION_PAGES + 1] = True
+
+    def update(self) -> npt.NDArray[np.uint64]:
+        """The digests as the table is now."""
+        stale = np.flatnonzero(self._stale)
+        if len(stale) > len(self._stale) // 4:
+            self._digests = self._hasher.region_digests(self._table)
+        else:
+            for region in stale.tolist():
+                part = self._table[region * REGION_PAGES : (region + 1) * REGION_PAGES]
+                self._digests[region] = self._hasher.region_digests(part)[0]
+        self._stale[:] = False
+        return self._digests
 
 
 def indices(ranges: Ranges) -> npt.NDArray[np.int64]:

@@ -287,6 +287,7 @@ class _Reception:
                     pass
                 case FrameType.ROUND_END:
                     channel.send_map(FrameType.ROUND_ACK)
+                    receiver.settle()
                 case FrameType.FINAL:
                     return
 

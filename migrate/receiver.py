@@ -12,7 +12,14 @@ import numpy as np
 
 from migrate import pages, wire
 from migrate.channel import Channel, Frame
-from migrate.codec import REGION_PAGES, Decompressor, PageHasher, indices, split_ranges
+from migrate.codec import (
+    REGION_PAGES,
+    Decompressor,
+    PageHasher,
+    RegionDigests,
+    indices,
+    split_ranges,
+)
 from migrate.errors import PeerError
 from migrate.pages import Ranges
 from migrate.units import PAGE_SIZE
@@ -20,8 +27,6 @@ from migrate.vm.definition import BackingKind
 from migrate.vm.memory import MemorySlot
 from migrate.wire import Encoding, FrameType
 
-STEP_PAGES: Final = 128
-"""Pages that are received and then hashed while a core's own cache still holds them."""
 ZERO_STEP_PAGES: Final = 1 << 16
 """Pages whose numbers are spelled out at a time."""
 
@@ -35,6 +40,7 @@ class PageReceiver:
         self._slots = slots
         self._slot_pages = tuple(slot.n_pages for slot in slots)
         self.tables = [hasher.table(slot.n_pages) for slot in slots]
+        self._digests = [RegionDigests(hasher, table) for table in self.tables]
         # Pages that may hold something else than zeros. Memory of our own starts as zeros, and a
         # page that stays zero is never touched; a file holds whatever it held before. (np.zeros
         # takes no memory before it is written to: a machine's claimed size costs nothing yet.)
@@ -58,11 +64,11 @@ class PageReceiver:
                 self._zero(slot, meta)
             elif meta.encoding is Encoding.RAW:
                 view = slot.view
-                for piece in split_ranges(meta.ranges, STEP_PAGES):
-                    self._channel.link.receive_into(
-                        [view[a * PAGE_SIZE : b * PAGE_SIZE] for a, b in piece.tolist()]
-                    )
-                    self._arrived(slot, meta.slot, piece)
+                # All in one call: smaller steps cost more in the kernel than warm caches save.
+                self._channel.link.receive_into(
+                    [view[a * PAGE_SIZE : b * PAGE_SIZE] for a, b in meta.ranges.tolist()]
+                )
+                self._arrived(slot, meta.slot, meta.ranges)
             else:
                 packed = memoryview(self._packed)[: frame.bulk_bytes]
                 self._channel.link.receive_into([packed])
@@ -75,11 +81,13 @@ class PageReceiver:
 
     def _arrived(self, slot: MemorySlot, number: int, ranges: Ranges) -> None:
         self._hasher.scan(slot.array, ranges, self.tables[number])
+        self._digests[number].changed(ranges)
         self._written[number][indices(ranges)] = True
 
     def _zero(self, slot: MemorySlot, meta: wire.PagesMeta) -> None:
         """Writes only where something else may be: a page that stays zero is not touched."""
         written, table = self._written[meta.slot], self.tables[meta.slot]
+        self._digests[meta.slot].changed(meta.ranges)
         rows = slot.array.reshape(-1, PAGE_SIZE)
         for piece in split_ranges(meta.ranges, ZERO_STEP_PAGES):
             index = indices(piece)
@@ -92,8 +100,8 @@ class PageReceiver:
         """Every page is what the source sent last, by its digests. PeerError says which is not."""
         if len(digests) != len(self._slots):
             raise self._channel.breach("there is not one list of digests a slot")
-        for slot, table, theirs in zip(self._slots, self.tables, digests, strict=True):
-            ours = self._hasher.region_digests(table)
+        for slot, own, theirs in zip(self._slots, self._digests, digests, strict=True):
+            ours = own.update()
             if not isinstance(theirs, bytes) or len(theirs) != ours.nbytes:
                 raise self._channel.breach(f"the digests of slot {slot.name!r} have a wrong length")
             differ = np.flatnonzero(ours != np.frombuffer(theirs, dtype="<u8"))
@@ -112,3 +120,9 @@ class PageReceiver:
             table[:] = 0
             touched = pages.full(slot.n_pages) & ~slot.never_touched()
             self._hasher.scan(slot.array, pages.to_ranges(touched, slot.n_pages), table)
+        self._digests = [RegionDigests(self._hasher, table) for table in self.tables]
+
+    def settle(self) -> None:
+        """Between rounds: sum up now what would have to be summed up in the downtime."""
+        for digests in self._digests:
+            digests.update()

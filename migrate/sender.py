@@ -19,7 +19,14 @@ import numpy.typing as npt
 
 from migrate import pages, wire
 from migrate.channel import Channel
-from migrate.codec import CompressionChoice, Compressor, PageHasher, select, split_ranges
+from migrate.codec import (
+    CompressionChoice,
+    Compressor,
+    PageHasher,
+    RegionDigests,
+    select,
+    split_ranges,
+)
 from migrate.errors import MigrationFailed
 from migrate.pages import Bitmap, Ranges
 from migrate.units import PAGE_SIZE
@@ -114,6 +121,7 @@ class PageSender:
         self._hasher = hasher
         self._slots = slots
         self.tables = [hasher.table(slot.n_pages) for slot in slots]
+        self._digests = [RegionDigests(hasher, table) for table in self.tables]
         workers = threads or max(1, (os.cpu_count() or 2) - 1)
         self.chooser = Chooser(choice, workers)
         self.pacer = Pacer(bandwidth)
@@ -150,6 +158,7 @@ class PageSender:
         table = self.tables[slot_number]
         for batch in split_ranges(ranges, self._batch_pages if paced else BATCH_PAGES):
             flags = self._hasher.scan(memory, batch, table)
+            self._digests[slot_number].changed(batch)
             n_pages = len(flags)
             if flags.any():
                 zeros.append(select(batch, flags))
@@ -180,10 +189,14 @@ class PageSender:
             table[:] = 0
             touched = pages.full(slot.n_pages) & ~slot.never_touched()
             self._hasher.scan(slot.array, pages.to_ranges(touched, slot.n_pages), table)
+        self._digests = [RegionDigests(self._hasher, table) for table in self.tables]
 
     def digests(self) -> list[bytes]:
-        """What memory the destination should hold by now, one digest a region, slot by slot."""
-        return [self._hasher.region_digests(table).tobytes() for table in self.tables]
+        """What memory the destination should hold by now, one digest a region, slot by slot.
+
+        Cheap where little has changed since the last call: call it before the downtime too.
+        """
+        return [digests.update().tobytes() for digests in self._digests]
 
     def send_zero(self, slot_number: int, zeros: list[Ranges]) -> None:
         """Tell that pages are zero; no bulk."""

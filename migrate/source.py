@@ -313,6 +313,7 @@ class _Migration:
         assert sender is not None
         if not self._options.verify:  # hashing all of a large memory may take its time
             channel.link.set_timeout(STANDSTILL_TIMEOUT_S)
+        sender.digests()  # all but the last pages', while the guest still runs
         marks = [time.monotonic_ns()]
         machine.pause_now()
         marks.append(time.monotonic_ns())

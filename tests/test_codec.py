@@ -18,6 +18,7 @@ from migrate.codec import (
     Compressor,
     Decompressor,
     PageHasher,
+    RegionDigests,
     indices,
     parse_compression,
     select,
@@ -333,3 +334,19 @@ def test_compression_choices(text: str, said: str) -> None:
 def test_unknown_compression(text: str) -> None:
     with pytest.raises(UsageError, match="auto, none, zstd"):
         parse_compression(text)
+
+
+@given(data=st.data())
+def test_digests_kept_up_to_date_equal_those_made_anew(data: st.DataObject) -> None:
+    n_pages = data.draw(st.integers(1, 5000))
+    hasher = PageHasher(7)
+    table = hasher.table(n_pages)
+    kept = RegionDigests(hasher, table)
+    for _ in range(data.draw(st.integers(1, 4))):
+        edges = sorted(data.draw(st.sets(st.integers(0, n_pages), min_size=2, max_size=60)))
+        edges = edges[: len(edges) // 2 * 2]
+        ranges = np.array(edges, dtype=np.int64).reshape(-1, 2)
+        for first, end in ranges.tolist():
+            table[first:end] += np.uint64(data.draw(st.integers(1, 1 << 63)))
+        kept.changed(ranges)
+        assert (kept.update() == hasher.region_digests(table)).all()

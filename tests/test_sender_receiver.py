@@ -366,11 +366,8 @@ def test_a_flip_in_raw_bulk_is_named_by_slot_and_pages() -> None:
             bit = np.zeros(2000, dtype=np.bool_)
             bit[page] = True
             theirs[1].array[page * PAGE_SIZE + 77] ^= 4
-            moving.receiver._hasher.scan(
-                theirs[1].array,
-                pages.to_ranges(pages.from_bools(bit), 2000),
-                moving.receiver.tables[1],
-            )
+            ranges = pages.to_ranges(pages.from_bools(bit), 2000)
+            moving.receiver._arrived(theirs[1], 1, ranges)  # as if it had come so
             with pytest.raises(PeerError, match=r"slot 'slot1', pages 1024 to 1535$"):
                 moving.receiver.compare_untrusted(moving.sender.digests())
             theirs[1].array[1999 * PAGE_SIZE] ^= 1

@@ -41,7 +41,10 @@ class Field:
 
     def check(self, value: Any, owner: str) -> Any:
         """The value, if it may stand in this field. Raises StateFormatError."""
-        if type(value) is not self.type:
+        kind = type(value)
+        if kind is int and self.type is int and not value >> self.bits:
+            return value  # nearly all of them, and in the downtime
+        if kind is not self.type:
             raise StateFormatError(
                 f"{owner}: field {self.name!r} holds a {type(value).__name__}, "
                 f"not a {self.type.__name__}"
