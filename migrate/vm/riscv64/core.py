@@ -61,6 +61,8 @@ class Riscv64Core(VcpuCore):
             raise UsageError("a machine needs at least one vcpu")
         self.harts = harts
         self._engine = _open(harts, native, ecall)
+        self._translated = False
+        """Whether there may be translated code."""
 
     @property
     def current(self) -> int:  # type: ignore[override]
@@ -100,11 +102,14 @@ class Riscv64Core(VcpuCore):
         self._engine.written(gpa, size)
 
     def forget_code(self) -> None:
-        self._engine.forget_code()
+        if self._translated:  # on a fresh engine it would only lengthen a downtime
+            self._translated = False
+            self._engine.forget_code()
 
     # -- running
 
     def run(self, budget: int, deadline_ns: int | None = None) -> Exit:
+        self._translated = True
         ended = self._engine.run(min(budget, _UNLIMITED), deadline_ns)
         hart = self._engine.current
         pc = self._engine.get(hart, "pc")
