@@ -1,7 +1,7 @@
 """Where Unicorn 2.1.4 keeps a RISC-V hart's registers: offsets into its CPURISCVState (layer 2).
 
 From qemu/target/riscv/cpu.h of that version. Every offset is checked against the public interface
-before use (selftest.layout for the compiled part, plain.PlainEngine for itself): with another
+before use (selftest.layout for the compiled part, plain_harts.PlainHarts for itself): with another
 engine, or another build of it, the checks fail, and nothing runs on wrong offsets.
 """
 
