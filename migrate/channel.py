@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from migrate import wire
-from migrate.errors import MigrationFailed, PeerError
+from migrate.errors import MigrateError, MigrationFailed, PeerError
 from migrate.session import Phase, Session
 from migrate.transport import Link, LinkLost
 from migrate.wire import Feature, FrameHeader, FrameType, Role
 
 LAST_WORDS_TIMEOUT_S = 1.0
 """How long to look for the reason on a link that takes no more data."""
+GIVE_UP_TIMEOUT_S = 1.0
+"""How long to try to tell the peer why this side gives up."""
 
 
 class PeerGaveUp(MigrationFailed):
@@ -163,6 +165,12 @@ class Channel:
         # A message may quote a path whose bytes are no text: it must not fail for that.
         message = str(error)[:1000].encode("utf-8", "replace").decode("utf-8")
         self.send_map(FrameType.ERROR, code=code, message=message)
+
+    def give_up(self, failure: BaseException) -> None:
+        """As `send_error`, from whoever has failed already: does not insist on being heard."""
+        with contextlib.suppress(MigrateError, AssertionError):
+            self.link.set_timeout(GIVE_UP_TIMEOUT_S)
+            self.send_error(failure, getattr(failure, "wire_code", 1))
 
     def breach(self, reason: str) -> PeerError:
         """An error that names the peer's role and the present phase."""

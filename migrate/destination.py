@@ -21,11 +21,11 @@ from migrate import wire
 from migrate.admission import check_admission
 from migrate.channel import Channel
 from migrate.codec import PageHasher
-from migrate.concurrency import run_cancellable
 from migrate.errors import HostError, MigrateError, MigrationFailed, PeerError, StateFormatError
 from migrate.events import Event, Log, PhaseEntered
 from migrate.machine import Machine
 from migrate.receiver import PageReceiver
+from migrate.tasks import run_cancellable
 from migrate.transport import Link, LinkLost, Listener, parse_uri
 from migrate.units import PAGE_SIZE
 from migrate.vm.definition import MachineDefinition, definition_from_untrusted
@@ -189,7 +189,7 @@ def _introduce(link: Link) -> tuple[Channel, dict[str, Any]]:
             FrameType.CONFIGURE, machine=dict, page_size=int, hash_seed=int, verify=bool
         )
     except PeerError as error:
-        _tell_peer(channel, error)
+        channel.give_up(error)
         raise
     except LinkLost as error:
         raise LinkLost(f"{error} (phase {channel.phase.value!r})") from None
@@ -219,15 +219,9 @@ def _prepare(channel: Channel, fields: dict[str, Any], options: ReceiveOptions) 
             machine.close()
             raise
     except MigrateError as error:
-        _tell_peer(channel, error)
+        channel.give_up(error)
         raise
     return _Offer(channel, machine, fields["hash_seed"], fields["verify"])
-
-
-def _tell_peer(channel: Channel, failure: BaseException) -> None:
-    with contextlib.suppress(MigrateError, AssertionError):
-        channel.link.set_timeout(1.0)
-        channel.send_error(failure, getattr(failure, "wire_code", 1))
 
 
 class _Reception:
@@ -265,7 +259,7 @@ class _Reception:
             # In these phases an ERROR promises that nothing was started here, nor will be. Once
             # the guest may have run, silence leaves the decision to people.
             if not self.took_over:
-                _tell_peer(channel, error)
+                channel.give_up(error)
             raise
 
     def _rehearse(self) -> None:
@@ -300,7 +294,7 @@ class _Reception:
             frame = channel.receive_untrusted()
         fields = channel.fields_untrusted(frame, state=dict, digests=list, running=bool)
         if self._verify:
-            receiver.rehash()
+            receiver.hashes.rehash()
         receiver.compare_untrusted(fields["digests"])
         try:
             machine.load_untrusted(fields["state"])

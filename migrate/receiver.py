@@ -10,17 +10,17 @@ from typing import Any, Final
 
 import numpy as np
 
-from migrate import pages, wire
+from migrate import wire
 from migrate.channel import Channel, Frame
 from migrate.codec import (
     REGION_PAGES,
     Decompressor,
     PageHasher,
-    RegionDigests,
     indices,
     split_ranges,
 )
 from migrate.errors import PeerError
+from migrate.page_hashes import PageHashes
 from migrate.pages import Ranges
 from migrate.units import PAGE_SIZE
 from migrate.vm.definition import BackingKind
@@ -36,11 +36,9 @@ class PageReceiver:
 
     def __init__(self, channel: Channel, hasher: PageHasher, slots: tuple[MemorySlot, ...]) -> None:
         self._channel = channel
-        self._hasher = hasher
         self._slots = slots
         self._slot_pages = tuple(slot.n_pages for slot in slots)
-        self.tables = [hasher.table(slot.n_pages) for slot in slots]
-        self._digests = [RegionDigests(hasher, table) for table in self.tables]
+        self.hashes = PageHashes(hasher, slots)
         # Pages that may hold something else than zeros. Memory of our own starts as zeros, and a
         # page that stays zero is never touched; a file holds whatever it held before. (np.zeros
         # takes no memory before it is written to: a machine's claimed size costs nothing yet.)
@@ -80,14 +78,13 @@ class PageReceiver:
             raise self._channel.breach(error.reason) from None
 
     def _arrived(self, slot: MemorySlot, number: int, ranges: Ranges) -> None:
-        self._hasher.scan(slot.array, ranges, self.tables[number])
-        self._digests[number].changed(ranges)
+        self.hashes.scan(number, slot.array, ranges)
         self._written[number][indices(ranges)] = True
 
     def _zero(self, slot: MemorySlot, meta: wire.PagesMeta) -> None:
         """Writes only where something else may be: a page that stays zero is not touched."""
-        written, table = self._written[meta.slot], self.tables[meta.slot]
-        self._digests[meta.slot].changed(meta.ranges)
+        written, table = self._written[meta.slot], self.hashes.tables[meta.slot]
+        self.hashes.changed(meta.slot, meta.ranges)
         rows = slot.array.reshape(-1, PAGE_SIZE)
         for piece in split_ranges(meta.ranges, ZERO_STEP_PAGES):
             index = indices(piece)
@@ -100,8 +97,7 @@ class PageReceiver:
         """Every page is what the source sent last, by its digests. PeerError says which is not."""
         if len(digests) != len(self._slots):
             raise self._channel.breach("there is not one list of digests a slot")
-        for slot, own, theirs in zip(self._slots, self._digests, digests, strict=True):
-            ours = own.update()
+        for slot, ours, theirs in zip(self._slots, self.hashes.digests(), digests, strict=True):
             if not isinstance(theirs, bytes) or len(theirs) != ours.nbytes:
                 raise self._channel.breach(f"the digests of slot {slot.name!r} have a wrong length")
             differ = np.flatnonzero(ours != np.frombuffer(theirs, dtype="<u8"))
@@ -114,15 +110,6 @@ class PageReceiver:
                     + (f" (and {more} more regions of {REGION_PAGES} pages)" if more else "")
                 )
 
-    def rehash(self) -> None:
-        """Hash every page of the memory anew, whatever arrived: for --verify."""
-        for slot, table in zip(self._slots, self.tables, strict=True):
-            table[:] = 0
-            touched = pages.full(slot.n_pages) & ~slot.never_touched()
-            self._hasher.scan(slot.array, pages.to_ranges(touched, slot.n_pages), table)
-        self._digests = [RegionDigests(self._hasher, table) for table in self.tables]
-
     def settle(self) -> None:
         """Between rounds: sum up now what would have to be summed up in the downtime."""
-        for digests in self._digests:
-            digests.update()
+        self.hashes.digests()

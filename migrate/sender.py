@@ -23,11 +23,11 @@ from migrate.codec import (
     CompressionChoice,
     Compressor,
     PageHasher,
-    RegionDigests,
     select,
     split_ranges,
 )
 from migrate.errors import MigrationFailed
+from migrate.page_hashes import PageHashes
 from migrate.pages import Bitmap, Ranges
 from migrate.units import PAGE_SIZE
 from migrate.vm.definition import BackingKind
@@ -118,10 +118,8 @@ class PageSender:
                 )
             choice = CompressionChoice("none")
         self._channel = channel
-        self._hasher = hasher
         self._slots = slots
-        self.tables = [hasher.table(slot.n_pages) for slot in slots]
-        self._digests = [RegionDigests(hasher, table) for table in self.tables]
+        self.hashes = PageHashes(hasher, slots)
         workers = threads or max(1, (os.cpu_count() or 2) - 1)
         self.chooser = Chooser(choice, workers)
         self.pacer = Pacer(bandwidth)
@@ -155,10 +153,8 @@ class PageSender:
         """Every page of `bitmap` once, with what `memory` (a lease's) holds. Raises LinkLost."""
         ranges = pages.to_ranges(bitmap, self._slots[slot_number].n_pages)
         zeros: list[Ranges] = []
-        table = self.tables[slot_number]
         for batch in split_ranges(ranges, self._batch_pages if paced else BATCH_PAGES):
-            flags = self._hasher.scan(memory, batch, table)
-            self._digests[slot_number].changed(batch)
+            flags = self.hashes.scan(slot_number, memory, batch)
             n_pages = len(flags)
             if flags.any():
                 zeros.append(select(batch, flags))
@@ -183,20 +179,12 @@ class PageSender:
             if len(ranges):
                 self.send_zero(slot_number, [ranges])
 
-    def rehash(self, slots: tuple[MemorySlot, ...]) -> None:
-        """Hash every page of the memory anew, whatever was sent: for --verify, guest standing."""
-        for slot, table in zip(slots, self.tables, strict=True):
-            table[:] = 0
-            touched = pages.full(slot.n_pages) & ~slot.never_touched()
-            self._hasher.scan(slot.array, pages.to_ranges(touched, slot.n_pages), table)
-        self._digests = [RegionDigests(self._hasher, table) for table in self.tables]
-
     def digests(self) -> list[bytes]:
         """What memory the destination should hold by now, one digest a region, slot by slot.
 
         Cheap where little has changed since the last call: call it before the downtime too.
         """
-        return [digests.update().tobytes() for digests in self._digests]
+        return [digests.tobytes() for digests in self.hashes.digests()]
 
     def send_zero(self, slot_number: int, zeros: list[Ranges]) -> None:
         """Tell that pages are zero; no bulk."""

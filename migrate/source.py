@@ -23,7 +23,6 @@ import trio
 
 from migrate.channel import Channel, PeerGaveUp
 from migrate.codec import CompressionChoice, PageHasher
-from migrate.concurrency import run_cancellable
 from migrate.dirtylog import Cursor, Lease
 from migrate.errors import (
     HandoverUncertain,
@@ -37,6 +36,7 @@ from migrate.machine import Machine
 from migrate.policy import Decision, DowntimePolicy, Policy, RoundStats, Verdict
 from migrate.report import Report, RoundReport
 from migrate.sender import PageSender
+from migrate.tasks import run_cancellable
 from migrate.transport import Address, Link, LinkLost, connect, parse_uri
 from migrate.units import PAGE_SIZE
 from migrate.wire import FrameType, Role
@@ -216,7 +216,7 @@ class _Migration:
                 self._switch_over(channel, cursors, leases)
         except BaseException as error:
             if not isinstance(error, LinkLost):
-                self._tell_peer(channel, self._failure(error))
+                channel.give_up(self._failure(error))
             raise
 
     def _configure(self, channel: Channel) -> None:
@@ -341,7 +341,7 @@ class _Migration:
                 )
             )
             if self._options.verify:
-                sender.rehash(self._slots)
+                sender.hashes.rehash()
             channel.send_map(
                 FrameType.STATE,
                 state=machine.save(),
@@ -463,11 +463,6 @@ class _Migration:
         return MigrationFailed(
             f"the migration of machine {self._machine.name!r} {self._aborted}{where}; it stays here"
         )
-
-    def _tell_peer(self, channel: Channel, failure: BaseException) -> None:
-        with contextlib.suppress(MigrateError, AssertionError):
-            channel.link.set_timeout(1.0)
-            channel.send_error(failure, getattr(failure, "wire_code", 1))
 
 
 def _harvest(cursors: list[Cursor]) -> list[Lease]:

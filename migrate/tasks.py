@@ -1,11 +1,14 @@
-"""Small things for trio tasks (layer 3)."""
+"""Small things for trio tasks: their errors, and blocking work beside them (layer 4)."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TypeVar
 
 import trio
+
+T = TypeVar("T")
 
 
 @contextlib.asynccontextmanager
@@ -32,3 +35,40 @@ def single(error: BaseException) -> BaseException:
             return rest
         error = rest.exceptions[0]
     return error
+
+
+async def run_cancellable(
+    work: Callable[[], T],
+    abort: Callable[[], None],
+    beside: Callable[[], Awaitable[None]] | None = None,
+) -> T:
+    """`work()` in a worker thread. If the caller is cancelled, `abort()` is called, which has to
+    make the work end soon; cancellation goes on once it has. What the work raises comes out as it
+    is. `beside` runs as a task for as long as the work goes on.
+    """
+    finished = trio.Event()
+
+    async def watch() -> None:
+        try:
+            await finished.wait()
+        except trio.Cancelled:
+            if not finished.is_set():
+                abort()
+            raise
+
+    results: list[T] = []
+    errors: list[Exception] = []
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch)
+        if beside is not None:
+            nursery.start_soon(beside)
+        with trio.CancelScope(shield=True):
+            try:
+                results.append(await trio.to_thread.run_sync(work))
+            except Exception as error:  # raised below, outside of the nursery's exception group
+                errors.append(error)
+        finished.set()
+        nursery.cancel_scope.cancel()
+    if errors:
+        raise errors[0]
+    return results[0]

@@ -95,13 +95,13 @@ class Transfer:
     def assert_equal(self) -> None:
         for ours, theirs in zip(self.source, self.destination, strict=True):
             assert np.array_equal(ours.array, theirs.array)
-        for mine, other in zip(self.sender.tables, self.receiver.tables, strict=True):
+        for mine, other in zip(self.sender.hashes.tables, self.receiver.hashes.tables, strict=True):
             assert np.array_equal(mine, other)
         self.receiver.compare_untrusted(self.sender.digests())
         # The tables are those of the memory, however it came about.
-        self.receiver.rehash()
+        self.receiver.hashes.rehash()
         self.receiver.compare_untrusted(self.sender.digests())
-        self.sender.rehash(self.source)
+        self.sender.hashes.rehash()
         self.receiver.compare_untrusted(self.sender.digests())
 
 
@@ -233,7 +233,7 @@ def test_claimed_memory_costs_nothing_before_it_is_filled() -> None:
             statm.seek(0)
             grown = int(statm.read().split()[1]) - before
         assert grown * PAGE_SIZE < 16 * MIB
-        assert len(receiver.tables[0]) == 1 << 28
+        assert len(receiver.hashes.tables[0]) == 1 << 28
 
 
 def test_zero_frames_are_merged_and_split_at_their_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,7 +371,7 @@ def test_a_flip_in_raw_bulk_is_named_by_slot_and_pages() -> None:
             with pytest.raises(PeerError, match=r"slot 'slot1', pages 1024 to 1535$"):
                 moving.receiver.compare_untrusted(moving.sender.digests())
             theirs[1].array[1999 * PAGE_SIZE] ^= 1
-            moving.receiver.rehash()
+            moving.receiver.hashes.rehash()
             with pytest.raises(PeerError, match=r"pages 1024 to 1535 \(and 1 more"):
                 moving.receiver.compare_untrusted(moving.sender.digests())
 
