@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import trio
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from migrate import destination, wire
@@ -29,7 +30,9 @@ RAM = 0x8000_0000
 RAM_PAGES = 256
 SEED = 7
 
-
+FEW = settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 PLAIN = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.text(max_size=9)
 PLAIN |= st.binary(max_size=9) | st.lists(st.integers(0, 9), max_size=3)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import trio
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from migrate.errors import MigrateError, MigrationFailed, PeerError, StateFormatError
@@ -14,6 +14,7 @@ from migrate.session import TRANSITIONS, Phase
 from migrate.wire import LIMITS, FrameType, Role
 from tests.links import frame
 from tests.strangers import (
+    FEW,
     PLAIN,
     Script,
     errors_in,
@@ -22,10 +23,6 @@ from tests.strangers import (
     saved_state,
     say,
     script,
-)
-
-FEW = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 

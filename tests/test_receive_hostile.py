@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import trio
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from migrate import destination, source, wire
@@ -23,6 +23,7 @@ from migrate.wire import FrameType, Role
 from tests.guests import ignore, make_guest, options
 from tests.links import frame
 from tests.strangers import (
+    FEW,
     HELLO,
     PLAIN,
     RAM,
@@ -35,10 +36,6 @@ from tests.strangers import (
     run,
     say,
     script,
-)
-
-FEW = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 

@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from migrate.units import MIB
 from migrate.vm import guest
@@ -60,6 +60,19 @@ class Figures:
     rounds: int
     wall_ms: float
     report: dict[str, Any] = field(repr=False)
+
+    @classmethod
+    def of(cls, report: dict[str, Any], wall_s: float) -> Self:
+        """From the fields of QEMU's `query-migrate`, which `migrate send --json` uses too."""
+        return cls(
+            total_ms=report["total-time"],
+            downtime_ms=report["downtime"],
+            setup_ms=report["setup-time"],
+            transferred_bytes=report["ram"]["transferred"],
+            rounds=report["ram"]["dirty-sync-count"],
+            wall_ms=wall_s * 1e3,
+            report=report,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,15 +88,7 @@ class MigratePeer(Peer):
         report = _last_object(output)
         if report.get("status") != "completed":
             raise BenchError(f"the migration ended as {report.get('status')!r}: {report}")
-        return Figures(
-            total_ms=report["total-time"],
-            downtime_ms=report["downtime"],
-            setup_ms=report["setup-time"],
-            transferred_bytes=report["ram"]["transferred"],
-            rounds=report["ram"]["dirty-sync-count"],
-            wall_ms=wall * 1e3,
-            report=report,
-        )
+        return Figures.of(report, wall)
 
     def close(self) -> None:
         for name in (SOURCE, DESTINATION):

@@ -142,15 +142,7 @@ class QemuPeer(Peer):
             if wall > MIGRATE_TIMEOUT_S:
                 raise BenchError(f"QEMU's migration did not end within {MIGRATE_TIMEOUT_S:.0f} s")
             time.sleep(POLL_S)
-        return Figures(
-            total_ms=report["total-time"],
-            downtime_ms=report["downtime"],
-            setup_ms=report["setup-time"],
-            transferred_bytes=report["ram"]["transferred"],
-            rounds=report["ram"]["dirty-sync-count"],
-            wall_ms=wall * 1e3,
-            report=report,
-        )
+        return Figures.of(report, wall)
 
     def close(self) -> None:
         for control in self._controls:

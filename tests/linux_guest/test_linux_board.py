@@ -7,11 +7,9 @@ tests skip, unless MIGRATE_TEST_LINUX=1 forbids that.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import shutil
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,35 +24,11 @@ from migrate.vm.definition import DiskSpec, MachineDefinition, SlotSpec
 from migrate.vm.memory import GuestMemory
 from migrate.vm.memory_map import RAM_BASE
 
-pytestmark = pytest.mark.linux_guest
-
-TOOLS = Path(__file__).parents[2] / "tools"
 OPENSBI = Path("/usr/lib/riscv64-linux-gnu/opensbi/generic")
 APPEND = "console=ttyS0 earlycon=sbi no4lvl"
 READY = b"the shell is ready"
 BOOT_LIMIT_S = 120.0
 """Far more than a boot takes on an idle machine (3 s): others may use the processors."""
-
-
-def _tool(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def linux() -> Any:
-    fetch = _tool("fetch_linux")
-    try:
-        return fetch.ensure()
-    except fetch.FetchError as error:
-        if os.environ.get("MIGRATE_TEST_LINUX") == "1":
-            raise
-        pytest.skip(f"no Linux guest: {error}")
 
 
 class Typist(Console):
