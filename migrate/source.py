@@ -12,7 +12,6 @@ their pages back, the cursors are closed, the next attempt starts afresh.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import secrets
 import threading
 import time
@@ -21,6 +20,7 @@ from dataclasses import dataclass, field
 
 import trio
 
+from migrate.accounts import Accounts
 from migrate.channel import Channel, PeerGaveUp
 from migrate.codec import CompressionChoice, PageHasher
 from migrate.dirtylog import Cursor, Lease
@@ -31,10 +31,10 @@ from migrate.errors import (
     NotConverging,
     PeerError,
 )
-from migrate.events import Event, Log, PhaseEntered, RoundDone, RoundProgress
+from migrate.events import Event, Log, PhaseEntered
 from migrate.machine import Machine
-from migrate.policy import Decision, DowntimePolicy, Policy, RoundStats, Verdict
-from migrate.report import Report, RoundReport
+from migrate.policy import DowntimePolicy, Policy, RoundStats, Verdict
+from migrate.report import Report
 from migrate.sender import PageSender
 from migrate.tasks import run_cancellable
 from migrate.transport import Address, Link, LinkLost, connect, parse_uri
@@ -49,7 +49,6 @@ STALL_TIMEOUT_S = 30.0
 STANDSTILL_TIMEOUT_S = 10.0
 """The same while the guest stands still for it, up to the handover."""
 PROGRESS_INTERVAL_S = 0.2
-FIRST_GUESS_BYTES_PER_S = 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,15 +115,13 @@ class _Migration:
         self._sender: PageSender | None = None
         self._aborted = ""
         """Why, if somebody called it off."""
-        self._report = Report(
+        report = Report(
             ram_total_bytes=machine.definition.memory_bytes,
             downtime_limit_ms=options.downtime_limit_ns / 1e6,
             compression=str(options.compression),
         )
-        self._started_ns = 0
+        self._accounts = Accounts(report, options.bandwidth)
         self._phase_name = ""
-        self._history: list[RoundStats] = []
-        self._decision: Decision | None = None
         self._handover_sent = False
         self._no_return = threading.Lock()
         """Held where a cancellation and the handover decide which of them came first."""
@@ -141,29 +138,16 @@ class _Migration:
 
     def emit_progress(self) -> None:
         """Any thread."""
-        sender, last = self._sender, self._history[-1] if self._history else None
-        if sender is None:
-            return
-        self._emit(
-            RoundProgress(
-                round=len(self._history),
-                pages_left=max(sender.pages_left, 0),
-                pages_total=self._report.ram_total_bytes // PAGE_SIZE,
-                bytes_sent=self._link.bytes_sent if self._link else 0,
-                bandwidth_bytes_per_s=self._bandwidth(),
-                dirty_pages_per_s=last.pages_left / max(last.elapsed_ns, 1) * 1e9 if last else 0.0,
-                expected_downtime_ms=(
-                    self._decision.expected_downtime_ns / 1e6 if self._decision else None
-                ),
-            )
-        )
+        sender, link = self._sender, self._link
+        if sender is not None and link is not None:
+            self._emit(self._accounts.progress(sender.pages_left, link.bytes_sent))
 
     # -- the migration, top to bottom (worker thread)
 
     def run(self) -> Report:
-        machine, report = self._machine, self._report
+        machine, accounts = self._machine, self._accounts
         self._was_running = machine.meant_to_run
-        self._started_ns = time.monotonic_ns()
+        accounts.begin()
         try:
             self._phase("connect")
             self._link = link = connect(self._address, self._patience_s(CONNECT_TIMEOUT_S))
@@ -173,16 +157,14 @@ class _Migration:
                 link.close()
         except BaseException as error:
             failure = self._failure(error)
-            report.status, report.error = "failed", str(failure)
+            accounts.ended(failure)
             if not isinstance(failure, HandoverUncertain) and self._was_running:
                 machine.resume_now()
             if failure is error:
                 raise
             raise failure from error
-        report.status = "completed"
-        report.total_ms = self._ms()
-        report.transferred_bytes = link.bytes_sent
-        return report
+        accounts.ended(None, link.bytes_sent)
+        return accounts.report
 
     def _migrate(self, channel: Channel) -> None:
         """The phases over a connected link. Whatever fails, the peer is told, if it can be."""
@@ -209,7 +191,7 @@ class _Migration:
                     self._options.bandwidth,
                 )
                 stack.callback(self._sender.close)
-                self._report.setup_ms = self._ms()
+                self._accounts.report.setup_ms = self._accounts.ms()
                 self._phase("rounds")
                 leases = self._rounds(channel, cursors)
                 self._phase("switchover")
@@ -241,7 +223,7 @@ class _Migration:
         policy: Policy = DowntimePolicy(
             self._options.downtime_limit_ns,
             self._options.max_rounds,
-            self._started_ns,
+            self._accounts.started_ns,
             self._options.timeout_ns,
         )
         for cursor in cursors:
@@ -258,10 +240,7 @@ class _Migration:
             stats = RoundStats(
                 number, stats.pages_sent, stats.bytes_sent, stats.elapsed_ns, pages_left
             )
-            self._history.append(stats)
-            self._decision = decision = policy.decide(
-                time.monotonic_ns(), self._history, self._bandwidth(), self._bytes_per_page()
-            )
+            decision = self._accounts.decide(policy, stats)
             if decision.verdict is Verdict.SWITCH_OVER:
                 self._emit(Log(f"switching over after round {number}: {decision.reason}"))
                 return leases
@@ -296,20 +275,15 @@ class _Migration:
         channel.send_map(FrameType.ROUND_END, number=number)
         channel.expect_untrusted(FrameType.ROUND_ACK)
         elapsed_ns = time.monotonic_ns() - started_ns
-        done = RoundReport(
-            number,
-            count,
-            sender.pages_zero - zero_before,
-            self._link.bytes_sent - bytes_before,
-            elapsed_ns / 1e6,
+        done = self._accounts.sent(
+            count, sender.pages_zero - zero_before, self._link.bytes_sent - bytes_before, elapsed_ns
         )
-        self._report.rounds.append(done)
-        self._emit(RoundDone(number, count, done.pages_zero, done.bytes_sent, done.ms))
+        self._emit(done)
         return RoundStats(number, sender.pages_sent - sent_before, done.bytes_sent, elapsed_ns, 0)
 
     def _switch_over(self, channel: Channel, cursors: list[Cursor], leases: list[Lease]) -> None:
         """Stop the guest, send the rest and the state, hand over: the downtime."""
-        machine, sender, report = self._machine, self._sender, self._report
+        machine, sender, report = self._machine, self._sender, self._accounts.report
         assert sender is not None
         if not self._options.verify:  # hashing all of a large memory may take its time
             channel.link.set_timeout(STANDSTILL_TIMEOUT_S)
@@ -331,14 +305,12 @@ class _Migration:
             for index, (before, after) in enumerate(zip(leases, last, strict=True)):
                 sender.send(index, after.memory, before.bitmap | after.bitmap, paced=False)
             marks.append(time.monotonic_ns())
-            self._report.rounds.append(
-                RoundReport(
-                    len(report.rounds),
-                    sender.pages_sent - sent_before + sender.pages_zero - zero_before,
-                    sender.pages_zero - zero_before,
-                    channel.link.bytes_sent - bytes_before,
-                    (marks[-1] - marks[-2]) / 1e6,
-                )
+            zero = sender.pages_zero - zero_before
+            self._accounts.sent(
+                sender.pages_sent - sent_before + zero,
+                zero,
+                channel.link.bytes_sent - bytes_before,
+                marks[-1] - marks[-2],
             )
             if self._options.verify:
                 sender.hashes.rehash()
@@ -354,7 +326,8 @@ class _Migration:
             marks.append(time.monotonic_ns())
         started_ns = self._hand_over(channel)
         marks.append(time.monotonic_ns())
-        self._account(marks, started_ns, loaded["verified"])
+        report.verified = loaded["verified"]
+        self._accounts.moved(marks, started_ns, sender)
 
     def _hand_over(self, channel: Channel) -> int:
         """The point of no return. Returns how long the destination took to start, in ns.
@@ -384,60 +357,11 @@ class _Migration:
             ) from error
         return max(0, int(running["start_ns"]))
 
-    def _account(self, marks: list[int], start_ns: int, verified: bool) -> None:
-        """The downtime and its parts: from the stop here to the first instruction there."""
-        report = self._report
-        stop, harvest, send, state, handover = (
-            (after - before) / 1e6 for before, after in itertools.pairwise(marks)
-        )
-        start = min(start_ns / 1e6, handover)
-        # The handover went one way before the start and its confirmation comes back after it.
-        one_way = (handover - start) / 2
-        report.downtime_phases_ms = {
-            "stop": stop,
-            "final-harvest": harvest,
-            "final-send": send,
-            "state": state,
-            "handover": one_way,
-            "start": start,
-        }
-        report.downtime_ms = sum(report.downtime_phases_ms.values())
-        report.verified = verified
-        sender = self._sender
-        assert sender is not None
-        report.pages_sent, report.pages_zero = sender.pages_sent, sender.pages_zero
-        report.dirty_sync_count = len(self._history) + 1
-        report.bandwidth_bytes_per_s = self._bandwidth()
-        last = self._history[-1]
-        report.dirty_pages_per_s = last.pages_left / max(last.elapsed_ns, 1) * 1e9
-        if self._decision is not None:
-            report.expected_downtime_ms = self._decision.expected_downtime_ns / 1e6
-
     # -- small things
 
     def _phase(self, name: str) -> None:
         self._phase_name = name
-        self._emit(PhaseEntered(name, self._ms()))
-
-    def _ms(self) -> float:
-        return (time.monotonic_ns() - self._started_ns) / 1e6
-
-    def _bandwidth(self) -> float:
-        """Bytes a second over the rounds that moved enough to tell; the latest weigh most."""
-        for stats in reversed(self._history):
-            if stats.bytes_sent >= 4 << 20:
-                return stats.bytes_sent / stats.elapsed_ns * 1e9
-        if self._history and self._history[0].bytes_sent:
-            slow = self._options.bandwidth or FIRST_GUESS_BYTES_PER_S
-            return max(slow, self._history[0].bytes_sent / self._history[0].elapsed_ns * 1e9)
-        return float(self._options.bandwidth or FIRST_GUESS_BYTES_PER_S)
-
-    def _bytes_per_page(self) -> float:
-        """What a dirty page has cost on the link so far."""
-        sent = sum(stats.pages_sent for stats in self._history)
-        if sent == 0:
-            return float(PAGE_SIZE)
-        return min(sum(stats.bytes_sent for stats in self._history) / sent, PAGE_SIZE * 1.01)
+        self._emit(PhaseEntered(name, self._accounts.ms()))
 
     def _patience_s(self, seconds: float) -> float:
         """No longer than all of the migration may take."""
