@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Run a command line; the process ends with the documented code. Never shows a trace, unless
     MIGRATE_DEBUG=1 asks for those of unexpected errors.
     """
-    # Nothing here multiplies matrices of floats: the threads of numpy's BLAS would only take memory.
+    # Nothing here multiplies matrices of floats: threads of a BLAS would only take memory.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         result = cli.main(arguments, prog_name="migrate", standalone_mode=False)

@@ -35,7 +35,7 @@ def send_options_untrusted(arguments: Json, fds: list[int]) -> tuple[str, SendOp
     )
     for name, least, most in [
         ("downtime_limit_ns", 1, MAX_DURATION_NS),
-        ("bandwidth", 1, 1 << 50),
+        ("bandwidth", 4096, 1 << 50),
         ("threads", 1, 1024),
         ("max_rounds", 1, 1_000_000),
         ("timeout_ns", 1, MAX_DURATION_NS),

@@ -165,7 +165,8 @@ class Board:
 
     def _place(self, name: str, window: Window, device: MmioDevice) -> None:
         self.devices[name] = device
-        self.core.map_mmio(window.base, -(-window.size // PAGE) * PAGE, device)
+        size = -(-window.size // PAGE) * PAGE
+        device.place(self.core.map_mmio(window.base, size, device))
 
     # -- memory slots
 

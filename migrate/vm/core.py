@@ -72,6 +72,30 @@ class Mmio(Protocol):
     def mmio_write(self, offset: int, size: int, value: int) -> None: ...
 
 
+class Window:
+    """A device's window as its core knows it: shortcuts for what guests do all the time.
+
+    A shortcut spares a call of the device; what it means is the same without. This class has none,
+    which is right for every core. `drain` is for the vcpu thread, or while nothing runs; the others
+    too.
+    """
+
+    def time_at(self, offset: int) -> None:
+        """The eight bytes at `offset` read as the guest's time."""
+
+    def shadow(self, offset: int, value: int) -> None:
+        """From now on the byte at `offset` reads as `value`, without a side effect."""
+
+    def sink(self, offset: int, *, on: bool) -> None:
+        """While on, bytes that the guest writes at `offset` may be collected, see `drain`."""
+
+    def drain(self) -> bytes:
+        """What was collected since the last call. A device drains before it acts on a later write
+        to the same register, so that their order is kept.
+        """
+        return b""
+
+
 class VcpuCore(ABC):
     """An engine with its harts, one of them selected."""
 
@@ -82,7 +106,7 @@ class VcpuCore(ABC):
     def caps(self) -> Caps: ...
 
     @abstractmethod
-    def map_mmio(self, gpa: int, size: int, device: Mmio) -> None:
+    def map_mmio(self, gpa: int, size: int, device: Mmio) -> Window:
         """Route accesses to [gpa, gpa + size) to `device`."""
 
     @abstractmethod

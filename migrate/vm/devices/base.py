@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, TypeAlias
 
 from migrate.errors import StateFormatError
+from migrate.vm.core import Window
 from migrate.vm.state import Stateful
 
 IrqLine: TypeAlias = Callable[[bool], None]
@@ -67,6 +68,12 @@ class MmioDevice(Device):
 
     SIZE: ClassVar[int]
     """Bytes of the window."""
+    window: Window = Window()
+    """What the core can do for the device by itself; `place` gives it one that does."""
+
+    def place(self, window: Window) -> None:
+        """The device is mapped; a subclass asks for shortcuts here."""
+        self.window = window
 
     @abstractmethod
     def mmio_read(self, offset: int, size: int) -> int: ...

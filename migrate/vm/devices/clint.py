@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar, Final
 
+from migrate.vm.core import Window
 from migrate.vm.devices.base import MASK64, MmioDevice, TimedDevice, read_part, write_part
 from migrate.vm.state import Field
 
@@ -45,6 +46,10 @@ class Clint(MmioDevice, TimedDevice):
         self._set_irq = set_irq
         self._rearm = rearm
         self.reset()
+
+    def place(self, window: Window) -> None:
+        super().place(window)
+        window.time_at(MTIME)
 
     def reset(self) -> None:
         self.msip = [0] * self._harts

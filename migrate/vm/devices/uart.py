@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar, Final
 
+from migrate.vm.core import Window
 from migrate.vm.devices.base import IrqLine, MmioDevice
-from migrate.vm.state import Field
+from migrate.vm.state import Field, PortableState
 
 FIFO_BYTES: Final = 16
 BACKLOG_BYTES: Final = 65536
@@ -48,6 +49,8 @@ class Uart(MmioDevice):
         self._irq = irq
         self._transmit = transmit
         self._tx = bytearray()
+        self._plain = False
+        """Whether the core may collect what is transmitted."""
         self.reset()
 
     def reset(self) -> None:
@@ -64,6 +67,11 @@ class Uart(MmioDevice):
 
     def after_load(self) -> None:
         self.rx = bytearray(self.rx)
+        self._update()
+
+    def place(self, window: Window) -> None:
+        super().place(window)
+        self._plain = False
         self._update()
 
     @property
@@ -88,6 +96,7 @@ class Uart(MmioDevice):
 
     def emit(self, data: bytes) -> None:
         """Transmit what does not come through the registers, in its order with what does."""
+        self._collect()
         self._tx += data
         # A line is shown when it is whole; what has none waits for the end of the turn.
         if len(self._tx) >= FLUSH_BYTES or data.endswith(b"\n"):
@@ -95,10 +104,22 @@ class Uart(MmioDevice):
 
     def flush(self) -> None:
         """Hand over what was transmitted since the last call."""
+        self._collect()
         if self._tx:
             data = bytes(self._tx)
             self._tx.clear()
             self._transmit(data)
+
+    def _collect(self) -> None:
+        """What the core took of the transmitter's register by itself."""
+        data = self.window.drain()
+        if data:
+            self._tx += data
+            self.thre_pending = True
+
+    def save(self) -> PortableState:
+        self._collect()
+        return super().save()
 
     def mmio_read(self, offset: int, size: int) -> int:
         match offset:
@@ -121,7 +142,7 @@ class Uart(MmioDevice):
             case 4:
                 return self.mcr
             case 5:
-                return LSR_THRE | LSR_TEMT | (LSR_DR if self.rx else 0)
+                return self._line_status()
             case 6:
                 status = self._modem_lines() | self.modem_delta
                 self.modem_delta = 0
@@ -160,6 +181,7 @@ class Uart(MmioDevice):
                 self._update()
             case 3:
                 self.lcr = value
+                self._update()
             case 4:
                 before = self._modem_lines()
                 self.mcr = value & 0x1F
@@ -183,5 +205,15 @@ class Uart(MmioDevice):
             return IIR_MODEM
         return IIR_NONE
 
+    def _line_status(self) -> int:
+        return LSR_THRE | LSR_TEMT | (LSR_DR if self.rx else 0)
+
     def _update(self) -> None:
         self._irq(self._cause() != IIR_NONE)
+        self.window.shadow(5, self._line_status())
+        # Plain polled output needs nobody here; with interrupts each byte has its own.
+        plain = not (self.lcr & LCR_DLAB or self.mcr & MCR_LOOP or self.ier & IER_THRE)
+        if plain != self._plain:
+            self._plain = plain
+            self._collect()
+            self.window.sink(0, on=plain)

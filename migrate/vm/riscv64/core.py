@@ -13,7 +13,7 @@ from collections.abc import Callable
 from migrate.errors import HostError, UsageError
 from migrate.units import PAGE_SIZE
 from migrate.vm.clock import TimeSource
-from migrate.vm.core import Caps, EcallHandler, Exit, Mmio, VcpuCore
+from migrate.vm.core import Caps, EcallHandler, Exit, Mmio, VcpuCore, Window
 from migrate.vm.riscv64 import registers
 from migrate.vm.riscv64.engine import Engine
 from migrate.vm.riscv64.native import NativeEngine
@@ -82,9 +82,9 @@ class Riscv64Core(VcpuCore):
 
     # -- memory and devices
 
-    def map_mmio(self, gpa: int, size: int, device: Mmio) -> None:
+    def map_mmio(self, gpa: int, size: int, device: Mmio) -> Window:
         self._aligned(gpa, size)
-        self._engine.map_mmio(gpa, size, device)
+        return self._engine.map_mmio(gpa, size, device)
 
     def map_memory(self, gpa: int, size: int, hva: int, *, readonly: bool = False) -> None:
         self._aligned(gpa, size)

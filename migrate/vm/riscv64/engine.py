@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from migrate.errors import HostError
 from migrate.vm.clock import TimeSource
-from migrate.vm.core import Caps, Mmio, Reason
+from migrate.vm.core import Caps, Mmio, Reason, Window
 
 UNICORN_VERSION: Final = "2.1.4"
 """The only version whose insides and defects are known here."""
@@ -95,7 +95,7 @@ class Engine(ABC):
     def ticks(self) -> int: ...
 
     @abstractmethod
-    def map_mmio(self, gpa: int, size: int, device: Mmio) -> None: ...
+    def map_mmio(self, gpa: int, size: int, device: Mmio) -> Window: ...
 
     @abstractmethod
     def map_memory(self, gpa: int, size: int, hva: int, readonly: bool) -> None: ...

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from typing import Final
+from typing import Any, Final
 
 from migrate.errors import HostError
 from migrate.vm.clock import TimeSource
-from migrate.vm.core import Caps, EcallHandler, Mmio, Reason
+from migrate.vm.core import Caps, EcallHandler, Mmio, Reason, Window
 from migrate.vm.riscv64 import layout
 from migrate.vm.riscv64.engine import Ended, Engine, describe_error, open_unicorn, unicorn
 from migrate.vm.riscv64.ram import RamOffsets, library
@@ -73,6 +73,27 @@ def set_code_repair(on: bool) -> None:
     """The repair of stale translated code, process-wide. Off only in tests."""
     assert _engine is not None
     _engine.set_code_repair(on)
+
+
+class NativeWindow(Window):
+    """The compiled part's shortcuts of one window."""
+
+    def __init__(self, engine: Any, number: int) -> None:
+        self._engine = engine
+        self._number = number
+
+    def time_at(self, offset: int) -> None:
+        self._engine.window_shortcut(self._number, b"t", offset, 0)
+
+    def shadow(self, offset: int, value: int) -> None:
+        self._engine.window_shortcut(self._number, b"s", offset, value)
+
+    def sink(self, offset: int, *, on: bool) -> None:
+        self._engine.window_shortcut(self._number, b"i", offset if on else -1, 0)
+
+    def drain(self) -> bytes:
+        collected: bytes = self._engine.window_drain(self._number)
+        return collected
 
 
 class NativeEngine(Engine):
@@ -160,10 +181,11 @@ class NativeEngine(Engine):
     def ticks(self) -> int:
         return int(self.engine.ticks())
 
-    def map_mmio(self, gpa: int, size: int, device: Mmio) -> None:
-        error = self.engine.map_mmio(gpa, size, device.mmio_read, device.mmio_write)
-        if error:
-            raise HostError(f"cannot map a device at {gpa:#x}: {describe_error(error)}")
+    def map_mmio(self, gpa: int, size: int, device: Mmio) -> Window:
+        number = self.engine.map_mmio(gpa, size, device.mmio_read, device.mmio_write)
+        if number < 0:
+            raise HostError(f"cannot map a device at {gpa:#x}: {describe_error(-number)}")
+        return NativeWindow(self.engine, number)
 
     def map_memory(self, gpa: int, size: int, hva: int, readonly: bool) -> None:
         rights = unicorn.UC_PROT_READ | unicorn.UC_PROT_EXEC

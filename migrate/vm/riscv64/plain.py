@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from migrate.errors import HostError
 from migrate.vm.clock import TimeKind, TimeSource
-from migrate.vm.core import Caps, EcallHandler, Mmio, Reason
+from migrate.vm.core import Caps, EcallHandler, Mmio, Reason, Window
 from migrate.vm.riscv64 import layout, native, traps
 from migrate.vm.riscv64.engine import Ended, Engine, describe_error, open_unicorn, unicorn
 from migrate.vm.riscv64.plain_harts import PlainHarts
@@ -321,7 +321,7 @@ class PlainEngine(Engine):
     def ticks(self) -> int:
         return self._time.ticks(self._executed)
 
-    def map_mmio(self, gpa: int, size: int, device: Mmio) -> None:
+    def map_mmio(self, gpa: int, size: int, device: Mmio) -> Window:
         def read(uc: Any, offset: int, width: int, _: object) -> int:
             value = 0
 
@@ -342,6 +342,7 @@ class PlainEngine(Engine):
             self.uc.mmio_map(gpa, size, read, None, write, None)
         except unicorn.UcError as error:
             raise HostError(f"cannot map a device at {gpa:#x}: {error}") from None
+        return Window()
 
     def map_memory(self, gpa: int, size: int, hva: int, readonly: bool) -> None:
         const = unicorn.unicorn_const

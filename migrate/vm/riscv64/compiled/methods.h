@@ -33,5 +33,7 @@ PyObject *engine_memory_mapped(Engine *self, PyObject *args);
 
 /* mmio.c */
 PyObject *engine_map_mmio(Engine *self, PyObject *args);
+PyObject *engine_window_shortcut(Engine *self, PyObject *args);
+PyObject *engine_window_drain(Engine *self, PyObject *args);
 
 #endif

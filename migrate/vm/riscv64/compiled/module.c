@@ -158,6 +158,8 @@ static PyMethodDef engine_methods[] = {
     {"set_pmp", (PyCFunction)engine_set_pmp, METH_VARARGS, NULL},
     {"loaded", (PyCFunction)engine_loaded, METH_VARARGS, NULL},
     {"map_mmio", (PyCFunction)engine_map_mmio, METH_VARARGS, NULL},
+    {"window_shortcut", (PyCFunction)engine_window_shortcut, METH_VARARGS, NULL},
+    {"window_drain", (PyCFunction)engine_window_drain, METH_VARARGS, NULL},
     {"memory_mapped", (PyCFunction)engine_memory_mapped, METH_VARARGS, NULL},
     {"forget_code", (PyCFunction)engine_forget_code, METH_NOARGS, NULL},
     {"written", (PyCFunction)engine_written, METH_VARARGS, NULL},
