@@ -25,7 +25,7 @@ from migrate.errors import HostError, MigrateError, MigrationFailed, PeerError, 
 from migrate.events import Event, Log, PhaseEntered
 from migrate.machine import Machine
 from migrate.receiver import PageReceiver
-from migrate.tasks import run_cancellable
+from migrate.tasks import no_collection, run_cancellable
 from migrate.transport import Link, LinkLost, Listener, parse_uri
 from migrate.units import PAGE_SIZE
 from migrate.vm.definition import MachineDefinition, definition_from_untrusted
@@ -245,11 +245,12 @@ class _Reception:
             receiver = PageReceiver(channel, self._hasher, self._machine.memory.slots)
             self._rounds(receiver)
             self._phase("switchover")
-            running = self._load(receiver)
-            # From here on the source does not run the guest again by itself.
-            channel.expect_untrusted(FrameType.HANDOVER)
-            self.took_over = True
-            self._start(running)
+            with no_collection():
+                running = self._load(receiver)
+                # From here on the source does not run the guest again by itself.
+                channel.expect_untrusted(FrameType.HANDOVER)
+                self.took_over = True
+                self._start(running)
         except LinkLost as error:
             raise MigrationFailed(
                 f"machine {name!r} did not arrive, nothing was started: {error}"
@@ -268,6 +269,7 @@ class _Reception:
         """
         state = wire.unpack_untrusted(wire.pack({"state": self._machine.save()}), "a rehearsal")
         self._machine.load_untrusted(state["state"])
+        self._machine.save()  # what a state that is refused leads back to
 
     def _rounds(self, receiver: PageReceiver) -> None:
         """Pages until the source says that the rest is on its way, guest standing."""

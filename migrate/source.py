@@ -36,7 +36,7 @@ from migrate.machine import Machine
 from migrate.policy import DowntimePolicy, Policy, RoundStats, Verdict
 from migrate.report import Report
 from migrate.sender import PageSender
-from migrate.tasks import run_cancellable
+from migrate.tasks import no_collection, run_cancellable
 from migrate.transport import Address, Link, LinkLost, connect, parse_uri
 from migrate.units import PAGE_SIZE
 from migrate.wire import FrameType, Role
@@ -195,7 +195,8 @@ class _Migration:
                 self._phase("rounds")
                 leases = self._rounds(channel, cursors)
                 self._phase("switchover")
-                self._switch_over(channel, cursors, leases)
+                with no_collection():
+                    self._switch_over(channel, cursors, leases)
         except BaseException as error:
             if not isinstance(error, LinkLost):
                 channel.give_up(self._failure(error))

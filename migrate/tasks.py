@@ -1,9 +1,10 @@
-"""Small things for trio tasks: their errors, and blocking work beside them (layer 4)."""
+"""Small things for tasks: their errors, blocking work beside them, no collector (layer 4)."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+import gc
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import TypeVar
 
 import trio
@@ -35,6 +36,18 @@ def single(error: BaseException) -> BaseException:
             return rest
         error = rest.exceptions[0]
     return error
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """Keep the garbage collector out of a downtime: it may take longer than all of the rest."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 async def run_cancellable(

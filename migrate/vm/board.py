@@ -99,6 +99,8 @@ class Board:
         self._images: Images | None = None
         self._restart = False
         self._running = False
+        self._last_saved: dict[str, Any] | None = None
+        """What `save` gave last, if nothing has run since."""
         self._ended = False
         self.sbi: Sbi | None = None
         self._disks: list[VirtioBlk] = []
@@ -197,6 +199,7 @@ class Board:
         self._boot(Images(firmware, kernel, initrd, append))
 
     def _boot(self, images: Images) -> None:
+        self._last_saved = None
         deterministic = self.definition.deterministic
         seed = DETERMINISTIC_SEED if deterministic else os.urandom(32)
         entry = load_images(self.memory, self.definition, images, rng_seed=seed)
@@ -222,6 +225,7 @@ class Board:
         if self._ended:
             raise MachineStateError(f"machine {self.definition.name!r} has shut down")
         self._running = True
+        self._last_saved = None
         try:
             while True:
                 if self.scheduler.run():
@@ -295,23 +299,22 @@ class Board:
         self._refuse_running("save")
         self.scheduler.drain()
         self.uart.flush()
-        return {
-            "kind": KIND,
-            "version": VERSION,
-            "fields": {
-                "harts": [self.core.get_state(hart) for hart in range(self.harts)],
-                "clock": self.clock.save(),
-                "scheduler": self.scheduler.save(),
-                "sbi": self.sbi.save() if self.sbi is not None else None,
-                "devices": {name: device.save() for name, device in self.devices.items()},
-            },
+        self._last_saved = {
+            "harts": [self.core.get_state(hart) for hart in range(self.harts)],
+            "clock": self.clock.save(),
+            "scheduler": self.scheduler.save(),
+            "sbi": self.sbi.save() if self.sbi is not None else None,
+            "devices": {name: device.save() for name, device in self.devices.items()},
         }
+        return {"kind": KIND, "version": VERSION, "fields": self._last_saved}
 
     def load_untrusted(self, state: object) -> None:
         """Take over a state; all of it or nothing. Raises StateFormatError."""
         self._refuse_running("load")
         fields = _fields_untrusted(state, self.harts, set(self.devices), self.sbi is not None)
-        before = self.save()["fields"]
+        # To go back to; in a downtime the one that the rehearsal has made will do.
+        before = self._last_saved or self.save()["fields"]
+        self._last_saved = None
         try:
             self._load(fields)
         except StateFormatError:
