@@ -93,6 +93,9 @@ class Machine:
             target=self._vcpu_main, name=f"vcpu-{self.name}", daemon=True
         )
         self._thread.start()
+        # The interpreter must not be taken down under a running engine. (The engine binding's own
+        # finalisers were registered before this, so they come after it.)
+        atexit.register(self.close)
 
     @classmethod
     def create(

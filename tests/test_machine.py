@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -285,3 +288,17 @@ def test_a_machine_that_cannot_be_built_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="overlaps"):
         Machine.create(definition, Console())
     assert threading.active_count() == before
+
+
+def test_a_process_may_end_with_its_guest_running(tmp_path: Path) -> None:
+    program = (
+        "import sys, pathlib, time; from tests.guests import make_guest;"
+        "guest = make_guest(pathlib.Path(sys.argv[1])); guest.machine.start(); time.sleep(0.2)"
+    )
+    root = Path(__file__).parent.parent
+    ended = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        cwd=root, env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
