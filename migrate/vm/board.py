@@ -60,7 +60,10 @@ MAX_CLOCK_POSITION: Final = 1 << 62
 # What a kernel in supervisor mode handles itself: everything but its own calls.
 SBI_MEDELEG: Final = 0xB1FF
 SBI_MIDELEG: Final = 0x222
-SBI_MCOUNTEREN: Final = 0x7
+SBI_COUNTEREN: Final = 0x7
+"""cycle, time and instret: user mode may read them, too. The kernel leaves allowing that to its
+firmware, and the vDSO's clock_gettime relies on it.
+"""
 
 
 class StopReason(enum.Enum):
@@ -393,7 +396,8 @@ def _start(hart: int, entry: Entry) -> dict[str, int]:
     if entry.machine_mode:
         return registers | {"priv": 3}
     return registers | {
-        "priv": 1, "medeleg": SBI_MEDELEG, "mideleg": SBI_MIDELEG, "mcounteren": SBI_MCOUNTEREN,
+        "priv": 1, "medeleg": SBI_MEDELEG, "mideleg": SBI_MIDELEG, "mcounteren": SBI_COUNTEREN,
+        "scounteren": SBI_COUNTEREN,
     }  # fmt: skip
 
 
