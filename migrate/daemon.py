@@ -8,6 +8,7 @@ or somebody said stop, everything is given back and the process ends.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import signal
 import sys
@@ -24,7 +25,7 @@ from migrate.errors import HandoverUncertain, MachineStateError
 from migrate.events import Event, Log, PhaseEntered, RoundDone, RoundProgress
 from migrate.machine import Machine, State
 from migrate.options import send_options_untrusted
-from migrate.tasks import open_nursery
+from migrate.tasks import open_nursery, settle_memory
 from migrate.terminal import attach, serve_stdio
 from migrate.vm.console import Console
 
@@ -83,8 +84,12 @@ class Daemon:
                     nursery.start_soon(serve_stdio, self.console, lambda: self.stop("Ctrl-]"))
                 async with self._until_stopped():
                     self.machine = machine = await build(self)
-                    if not paused and machine.state is State.PAUSED and self.phase == "starting":
-                        await machine.resume()
+                    if self.phase == "starting":
+                        # Now, and not beside the running guest when it is to be moved.
+                        importlib.import_module("migrate.source")
+                        settle_memory()
+                        if not paused:
+                            await machine.resume()
                     self.phase = ""
                     self._migration = {}
                     ready(self)

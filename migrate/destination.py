@@ -25,7 +25,7 @@ from migrate.errors import HostError, MigrateError, MigrationFailed, PeerError, 
 from migrate.events import Event, Log, PhaseEntered
 from migrate.machine import Machine
 from migrate.receiver import PageReceiver
-from migrate.tasks import no_collection, run_cancellable
+from migrate.tasks import no_collection, run_cancellable, settle_memory
 from migrate.transport import Link, LinkLost, Listener, parse_uri
 from migrate.units import PAGE_SIZE
 from migrate.vm.definition import MachineDefinition, definition_from_untrusted
@@ -241,6 +241,7 @@ class _Reception:
         channel, name = self._channel, self._machine.name
         try:
             self._rehearse()
+            settle_memory()
             self._phase("rounds")
             receiver = PageReceiver(channel, self._hasher, self._machine.memory.slots)
             self._rounds(receiver)

@@ -50,6 +50,14 @@ def no_collection() -> Iterator[None]:
             gc.enable()
 
 
+def settle_memory() -> None:
+    """What has been made by now stays: later collections need not look through it. A full one over
+    all imported modules holds the GIL for tens of milliseconds, and with it the guest's console.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 async def run_cancellable(
     work: Callable[[], T],
     abort: Callable[[], None],
