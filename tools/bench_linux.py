@@ -149,9 +149,9 @@ def measure_migrating(results: Results, linux: LinuxGuest, options: argparse.Nam
     block = 32 * MIB
     count = int(options.ram * FILL_SHARE) // block
     fill = (
-        f"mount -o remount,size=95% /tmp\ndd if=/dev/urandom of=/tmp/fill bs=64k "
+        f"dd if=/dev/urandom of=/mnt/fill bs=64k "
         f"count={block // 65536} 2>/dev/null\ni=1\n"
-        f"while [ $i -lt {count} ]; do cp /tmp/fill /tmp/fill$i; i=$((i + 1)); done\n"
+        f"while [ $i -lt {count} ]; do cp /mnt/fill /mnt/fill$i; i=$((i + 1)); done\n"
     )
     with open_stage() as stage:
         initrd = build_initrd(linux, stage.directory, fill)

@@ -47,11 +47,11 @@ LOOPS = {
     ),
     # SHA-256 of 128 KiB, by one process
     "hash": Loop(
-        "while :; do sha256sum $(yes /tmp/block | head -n 500); done", r"^[0-9a-f]{64}  /tmp/block$"
+        "while :; do sha256sum $(yes /mnt/block | head -n 500); done", r"^[0-9a-f]{64}  /mnt/block$"
     ),
     # the shell sleeps in a poll with a time limit
     "beat": Loop(
-        "mkfifo /tmp/beat; exec 3<>/tmp/beat; "
+        "mkfifo /mnt/beat; exec 3<>/mnt/beat; "
         'while :; do read -t 0.01 nothing <&3; read up idle < /proc/uptime; echo "beat $up"; done',
         r"^beat [\d.]+$",
     ),
@@ -59,7 +59,10 @@ LOOPS = {
 FILES = {
     f"bin/loop-{name}": f"#!/bin/sh\n{loop.command}\n".encode() for name, loop in LOOPS.items()
 }
-RC = "dd if=/dev/urandom of=/tmp/block bs=64k count=2 2>/dev/null\n"
+RC = """\
+mount -t tmpfs -o size=95% none /mnt
+dd if=/dev/urandom of=/mnt/block bs=64k count=2 2>/dev/null
+"""
 
 
 class MeasureError(Exception):
