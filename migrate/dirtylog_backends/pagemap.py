@@ -56,9 +56,9 @@ class PagemapBackend(Backend):
         self._closed = False
         try:
             self._uffd.register(self._start, self._length, uffd.UFFDIO_REGISTER_MODE_WP)
-            # Arms every page, also those that nobody touched yet; what was written before stays
-            # unreported.
-            self._uffd.writeprotect(self._start, self._length, protect=True)
+            # Nothing is armed yet: the scan that every new cursor begins with, to discard what was
+            # written before, protects all pages in one go, also those that nobody touched. This
+            # one only asks whether it will work.
             self._scan(0, 1, flags=pagemap.PM_SCAN_CHECK_WPASYNC)
         except OSError as error:
             self.close()
