@@ -82,6 +82,7 @@ async def receive(
 
     listener = Listener(parse_uri(uri))
     try:
+        settle_memory()
         on_listening(str(listener.address))
         offer = await _first_offer(listener, options, emit)
     finally:
@@ -241,7 +242,6 @@ class _Reception:
         channel, name = self._channel, self._machine.name
         try:
             self._rehearse()
-            settle_memory()
             self._phase("rounds")
             receiver = PageReceiver(channel, self._hasher, self._machine.memory.slots)
             self._rounds(receiver)
