@@ -292,7 +292,10 @@ def test_send_and_receive(cli: Cli, scheme: str) -> None:
     seen = verify_guest(cli, "a")
     assert "FILLED" not in seen, "it carries on, it does not start again"
     cli.run("stop", "a")
-    assert [path for path in cli.runtime.iterdir() if path.name != ".lock"] == []
+    until(
+        lambda: all(path.name == ".lock" for path in cli.runtime.iterdir()),
+        "nothing is left behind, once the process has ended",
+    )
 
 
 def test_send_for_people(cli: Cli) -> None:
